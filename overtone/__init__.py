@@ -1,0 +1,1 @@
+"""overtone: a plug-in token-level loss for editing knowledge in language models (OverTone, ICML 2025)."""
