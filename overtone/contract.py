@@ -1,0 +1,121 @@
+"""What every version of the loss promises alike: its argument checks, its shapes and its reductions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["none", "mean", "sum"]
+
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_hyperparameters(
+    *,
+    epsilon: float,
+    n_sigma: float | None,
+    lam: float,
+    reduction: str = "mean",
+    hold_settled: bool | float = False,
+) -> None:
+    """Raise a ValueError or TypeError that names the argument, its value and what was expected."""
+    _check_number("epsilon", epsilon, "a finite number of nats, 0 or above", lambda value: value >= 0)
+    if n_sigma is not None:
+        _check_number("n_sigma", n_sigma, "a finite number above 0, or None for no filter", lambda value: value > 0)
+    _check_number("lam", lam, "a number in [0, 1]", lambda value: 0 <= value <= 1)
+    check_reduction(reduction)
+    if not isinstance(hold_settled, bool):
+        expected = "True, False, or a mean KL in nats above 0 at which to hold"
+        _check_number("hold_settled", hold_settled, expected, lambda value: value > 0)
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise a ValueError unless the reduction is one of torch's three."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
+
+
+def _check_number(name: str, value: object, expected: str, accepted: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value) or not accepted(value):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def check_tensors(logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> None:
+    """Raise a ValueError or TypeError unless logits are ``(..., V)`` floats and labels ``(...)`` integers."""
+    for name, value in (("logits", logits), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point, got {logits.dtype}: pass the model's raw scores")
+    if labels.dtype not in INTEGER_DTYPES:
+        raise ValueError(f"labels must be integer token ids, got {labels.dtype}: class probabilities are not supported")
+    if logits.dim() == 0 or logits.shape[:-1] != labels.shape:
+        raise ValueError(_shape_message(logits, labels))
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have a vocabulary in their last dimension, got shape {tuple(logits.shape)}")
+    if logits.device != labels.device:
+        raise ValueError(f"labels must be on the device of logits ({logits.device}), got {labels.device}")
+    if reference_logits is not None:
+        check_reference(logits, reference_logits)
+
+
+def check_reference(logits: Tensor, reference_logits: Tensor) -> None:
+    """Raise a ValueError or TypeError unless the unedited model's logits match the edited model's."""
+    if not isinstance(reference_logits, Tensor):
+        raise TypeError(f"reference_logits must be a torch.Tensor or None, got {type(reference_logits).__name__}")
+    if reference_logits.shape != logits.shape:
+        raise ValueError(
+            f"reference_logits must have the shape of logits {tuple(logits.shape)}, got {tuple(reference_logits.shape)}"
+        )
+    if not reference_logits.is_floating_point() or reference_logits.device != logits.device:
+        raise ValueError(
+            f"reference_logits must be floating point on {logits.device}, "
+            f"got {reference_logits.dtype} on {reference_logits.device}"
+        )
+
+
+def _shape_message(logits: Tensor, labels: Tensor) -> str:
+    message = (
+        f"labels must have the shape of logits without its last dimension: "
+        f"logits (..., V) is {tuple(logits.shape)}, labels (...) is {tuple(labels.shape)}"
+    )
+    if logits.dim() > 2 and (logits.shape[0], *logits.shape[2:]) == tuple(labels.shape):
+        message += "; the classes look second, as torch.nn.CrossEntropyLoss takes them: pass logits.movedim(1, -1)"
+    return message
+
+
+def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raise a ValueError for a label outside ``[0, V)``; reads the labels, so it costs a host synchronisation."""
+    wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if wrong.any():
+        raise ValueError(
+            f"labels must lie in [0, {vocabulary}) or equal ignore_index={ignore_index}, got {labels[wrong][0].item()}"
+        )
+
+
+def flatten_tokens(
+    logits: Tensor, labels: Tensor, reference_logits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(..., V)`` to ``(N, V)`` and ``(...)`` to ``(N,)`` int64; the reference detached."""
+    vocabulary = logits.shape[-1]
+    reference = None if reference_logits is None else reference_logits.detach().reshape(-1, vocabulary)
+    return logits.reshape(-1, vocabulary), labels.reshape(-1).long(), reference
+
+
+def working_dtype(logits: Tensor) -> torch.dtype:
+    """float64 for float64 logits, float32 for every other precision."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def reduce_tokens(token_loss: Tensor, counted: Tensor, reduction: Reduction) -> Tensor:
+    """Reduce ``(N,)`` losses, zero where not counted, as CrossEntropyLoss does; the mean over no token is 0."""
+    if reduction == "none":
+        return token_loss
+    total = token_loss.sum()
+    return total if reduction == "sum" else total / counted.sum().clamp(min=1)

@@ -1,0 +1,91 @@
+"""What the loss does to each token: what diagnostics, callbacks and users' loggers read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from overtone.contract import check_labels, check_tensors, flatten_tokens, working_dtype
+from overtone.functional import ground_truth_check, mix_target, top_n_sigma_filter
+from overtone.fused import BLOCK_ELEMENTS, overtone_loss
+from overtone.loss import OverToneConfig
+
+__all__ = ["TokenStates", "token_states"]
+
+
+@dataclass(frozen=True)
+class TokenStates:
+    """The state of each token, every field of the labels' shape.
+
+    Attributes:
+        kl: KL(target || prediction) before the clip, in nats; 0 where ignored.
+        log_prob: log-probability of the true token, in nats; 0 where ignored.
+        settled: the KL is below epsilon, so the token sends no gradient.
+        mixed: the ground-truth check passed, so the target mixes in the model's own distribution.
+        kept: how many tokens the top-n-sigma filter kept; 0 where ignored.
+        correct: the true token is the model's most probable one.
+        counted: the label is not ignore_index; settled, mixed and correct are False elsewhere.
+    """
+
+    kl: Tensor
+    log_prob: Tensor
+    settled: Tensor
+    mixed: Tensor
+    kept: Tensor
+    correct: Tensor
+    counted: Tensor
+
+
+@torch.no_grad()
+def token_states(
+    logits: Tensor,
+    labels: Tensor,
+    config: OverToneConfig | None = None,
+    *,
+    reference_logits: Tensor | None = None,
+    ignore_index: int = -100,
+) -> TokenStates:
+    """How the loss sees each token; no gradient, and no more memory than a block of rows.
+
+    Args:
+        logits: ``(..., V)``.
+        labels: ``(...)``, token ids or ignore_index.
+        config: the settings of the loss; None for the defaults. check=False counts every token as mixed.
+        reference_logits: ``(..., V)``, the unedited model's logits, if the loss uses them.
+        ignore_index: label of positions that do not count.
+
+    Raises:
+        ValueError, TypeError: as `overtone.overtone_loss`.
+    """
+    config = config or OverToneConfig()
+    check_tensors(logits, labels, reference_logits)
+    token_logits, token_labels, reference = flatten_tokens(logits, labels, reference_logits)
+    check_labels(token_labels, token_logits.shape[-1], ignore_index)
+    counted = token_labels != ignore_index
+    settings = {**config.as_kwargs(), "epsilon": 0.0, "hold_settled": False}
+    kl = overtone_loss(
+        token_logits,
+        token_labels,
+        reference_logits=reference,
+        ignore_index=ignore_index,
+        reduction="none",
+        **settings,
+    )
+    log_prob = torch.zeros_like(kl)
+    mixed, correct = torch.zeros_like(counted), torch.zeros_like(counted)
+    kept = torch.zeros_like(token_labels)
+    size = max(1, BLOCK_ELEMENTS // token_logits.shape[1])
+    for rows in torch.split(counted.nonzero().squeeze(1), size):
+        scores, truth = token_logits[rows].to(working_dtype(logits)), token_labels[rows]
+        source = scores if reference is None else reference[rows].to(scores.dtype)
+        filtered = top_n_sigma_filter(source, config.n_sigma)
+        candidate = mix_target(filtered.softmax(dim=1), truth, config.lam)
+        log_prob[rows] = scores.log_softmax(dim=1).gather(1, truth.unsqueeze(1)).squeeze(1)
+        mixed[rows] = ground_truth_check(candidate, truth) if config.check else True
+        kept[rows] = (filtered > float("-inf")).sum(dim=1)
+        correct[rows] = scores.argmax(dim=1) == truth
+    settled = counted & (kl < config.epsilon)
+    fields = (kl, log_prob, settled, mixed, kept, correct, counted)
+    return TokenStates(*(field.reshape(labels.shape) for field in fields))
