@@ -198,7 +198,8 @@ def _row_std(scores: Tensor, work: Tensor) -> Tensor:
     if scores.shape[1] == 1 or scores.device.type != "cpu" or not mean.isfinite().all():
         return finite_std(scores)
     deviations = torch.sub(scores, mean, out=work)
-    return torch.linalg.vector_norm(deviations, dim=1, keepdim=True) / math.sqrt(scores.shape[1] - 1)
+    norm: Tensor = torch.linalg.vector_norm(deviations, dim=1, keepdim=True)
+    return norm / math.sqrt(scores.shape[1] - 1)
 
 
 @torch.library.custom_op(

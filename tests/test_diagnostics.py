@@ -1,0 +1,70 @@
+"""token_states against the loss and against the method's steps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from overtone import OverToneConfig, overtone_loss, token_states
+
+LOGITS = torch.randn(4, 6, 9, generator=torch.Generator().manual_seed(0)) * 3
+LABELS = LOGITS.argmax(dim=-1).where(torch.arange(6) % 2 == 0, torch.arange(6) + 1)
+LABELS[0, :2] = -100
+
+
+class TestTokenStates:
+    def test_toy_row(self):
+        """p = (0.6, 0.3, 0.1), n = 1 keeps two tokens; label 0 mixes, label 1 fails the check, label -100 is left out."""
+        logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(3, 3)
+        states = token_states(logits, torch.tensor([0, 1, -100]), OverToneConfig(n_sigma=1.0, epsilon=0.11))
+        assert states.kl.tolist() == pytest.approx([0.1079055, 1.2039728, 0.0], abs=1e-5)
+        assert states.log_prob.tolist() == pytest.approx([-0.5108256, -1.2039728, 0.0], abs=1e-5)
+        assert states.settled.tolist() == [True, False, False]
+        assert states.mixed.tolist() == [True, False, False]
+        assert states.kept.tolist() == [2, 2, 0]
+        assert states.correct.tolist() == [True, False, False]
+        assert states.counted.tolist() == [True, True, False]
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_agrees_with_the_loss_and_with_torch(self, dtype):
+        """settled is where the loss is clipped, kl what it clips, log_prob minus torch's cross-entropy."""
+        logits = LOGITS.to(dtype)
+        config = OverToneConfig(epsilon=0.2)
+        states = token_states(logits, LABELS, config)
+        loss = overtone_loss(logits, LABELS, epsilon=0.2, reduction="none")
+        assert torch.equal(states.settled, (loss == 0.2) & (LABELS != -100))
+        assert torch.equal(torch.where(states.settled, 0.2, states.kl), loss)
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1).to(loss.dtype), LABELS.flatten(), reduction="none")
+        torch.testing.assert_close(states.log_prob.flatten(), -cross_entropy)
+        assert torch.equal(states.correct, (logits.argmax(dim=-1) == LABELS))
+        assert states.mixed.any()
+        assert not states.mixed.all()
+
+    def test_gradient_tells_the_same_story(self):
+        """Settled tokens are those without gradient; where not mixed the gradient is cross-entropy's."""
+        config = OverToneConfig(epsilon=0.2)
+        logits = LOGITS.double().requires_grad_()
+        overtone_loss(logits, LABELS, reduction="sum", **config.as_kwargs()).backward()
+        plain = LOGITS.double().requires_grad_()
+        F.cross_entropy(plain.flatten(0, 1), LABELS.flatten(), reduction="sum").backward()
+        states = token_states(LOGITS.double(), LABELS, config)
+        silent = (logits.grad == 0).all(dim=-1)
+        assert torch.equal(silent, states.settled | ~states.counted)
+        untouched = states.counted & ~states.settled & ~states.mixed
+        torch.testing.assert_close(logits.grad[untouched], plain.grad[untouched])
+
+    def test_ablations(self):
+        """check=False mixes everywhere; reference logits decide what is kept; epsilon 0 settles nothing."""
+        assert token_states(LOGITS, LABELS, OverToneConfig(check=False)).mixed.sum() == (LABELS != -100).sum()
+        flat = torch.zeros_like(LOGITS)
+        assert (token_states(LOGITS, LABELS, reference_logits=flat).kept[LABELS != -100] == 9).all()
+        assert not token_states(LOGITS, LABELS, OverToneConfig(epsilon=0.0)).settled.any()
+
+    def test_empty(self):
+        """No tokens give empty fields."""
+        states = token_states(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
+        assert states.kl.shape == states.settled.shape == (0,)
+
+    def test_bad_input(self):
+        """Errors are the loss's own."""
+        with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\)"):
+            token_states(LOGITS, LABELS + 9)

@@ -1,0 +1,211 @@
+"""Held steps on real models with real optimisers: no gradient, so no weight moves."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.distributed
+from peft import LoraConfig, get_peft_model
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from overtone import OverToneLoss, overtone_loss
+from overtone.functional import reference_loss
+
+OPTIMISERS = {
+    "Adam": lambda params: torch.optim.Adam(params, lr=0.01),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1),
+    "SGD with momentum": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+}
+TOKENS = torch.tensor([[5, 9, 2, 7, 7, 1]])
+LABELS = torch.tensor([[-100, -100, 2, 7, 7, 1]])
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_lora():
+    model = get_peft_model(tiny_llama(), LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj", "lm_head"]))
+    return model.train()
+
+
+def model_loss(model, loss=overtone_loss, labels=LABELS, **arguments):
+    shifted = torch.cat([labels[:, 1:], labels.new_full((1, 1), -100)], dim=1)
+    return loss(model(TOKENS).logits, shifted, **arguments)
+
+
+def weights(model):
+    return copy.deepcopy(model.state_dict())
+
+
+def equal(before, after):
+    return all(torch.equal(before[name], after[name]) for name in before)
+
+
+def train_until_held(model, optimiser, limit=300, **arguments):
+    """Steps until a backward leaves every gradient None; the optimiser has momentum by then."""
+    for step in range(limit):
+        optimiser.zero_grad()
+        model_loss(model, **arguments).backward()
+        if all(parameter.grad is None for parameter in model.parameters()):
+            return step
+        optimiser.step()
+    raise AssertionError(f"not held after {limit} steps")
+
+
+class TestHeldStep:
+    @pytest.mark.parametrize("name", OPTIMISERS)
+    @pytest.mark.parametrize("build", [tiny_llama, tiny_lora])
+    def test_weights_stay_and_move_again(self, build, name):
+        """Once every token is settled no optimiser moves a bit; a new label moves the weights again."""
+        model = build()
+        optimiser = OPTIMISERS[name]([p for p in model.parameters() if p.requires_grad])
+        assert train_until_held(model, optimiser, hold_settled=True) > 1
+        before = weights(model)
+        for _ in range(3):
+            optimiser.zero_grad()
+            model_loss(model, hold_settled=True).backward()
+            optimiser.step()
+        assert equal(before, weights(model))
+
+        new_labels = LABELS.clone()
+        new_labels[0, -1] = 30
+        optimiser.zero_grad()
+        model_loss(model, labels=new_labels, hold_settled=True).backward()
+        optimiser.step()
+        assert not equal(before, weights(model))
+
+    def test_without_the_hold_adam_drifts(self):
+        """The reason for it: on exact zeros Adam's momentum moves the weights on."""
+        model = tiny_llama()
+        optimiser = OPTIMISERS["Adam"](model.parameters())
+        train_until_held(model, optimiser, hold_settled=True)
+        before = weights(model)
+        optimiser.zero_grad()
+        model_loss(model).backward()
+        assert all((parameter.grad == 0).all() for parameter in model.parameters() if parameter.grad is not None)
+        optimiser.step()
+        assert not equal(before, weights(model))
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing(self, reentrant):
+        """Both kinds of checkpointing keep the hold, also the reentrant one, which turns missing gradients to zeros."""
+        model = tiny_llama().train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        optimiser = OPTIMISERS["AdamW"](model.parameters())
+        train_until_held(model, optimiser, hold_settled=True)
+        before = weights(model)
+        optimiser.step()
+        assert equal(before, weights(model))
+
+    def test_reentrant_checkpoint_around_the_head(self):
+        """Also where the logits themselves come out of a function that would make zeros of a missing gradient."""
+        head = torch.nn.Linear(4, 3)
+        inputs = torch.randn(2, 4, requires_grad=True)
+        logits = checkpoint(head, inputs, use_reentrant=True)
+        overtone_loss(logits, logits.argmax(dim=1), epsilon=50.0, hold_settled=True).backward()
+        assert head.weight.grad is None
+        assert inputs.grad is None
+
+    def test_compiled_model(self):
+        """A compiled model in front of the loss keeps the hold."""
+        model = tiny_llama()
+        optimiser = OPTIMISERS["Adam"](model.parameters())
+        train_until_held(model, optimiser, hold_settled=True)
+        compiled = torch.compile(model, backend="aot_eager")
+        optimiser.zero_grad()
+        model_loss(compiled, hold_settled=True).backward()
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_another_loss_beside_it_still_counts(self):
+        """Only this loss lets go: a regulariser added to it still sends its gradient."""
+        logits = torch.zeros(2, 3, requires_grad=True)
+        held = overtone_loss(logits, torch.tensor([0, 1]), epsilon=9.0, hold_settled=True)
+        (held + logits.sum()).backward()
+        assert torch.equal(logits.grad, torch.ones(2, 3))
+
+
+class TestDecision:
+    """p = (0.96, 0.04) and (0.9, 0.1): KL 0.0408 and 0.1054 with epsilon 0.05, mean 0.0731."""
+
+    logits = torch.tensor([[0.96, 0.04], [0.9, 0.1], [0.5, 0.5]]).log()
+    labels = torch.tensor([0, 0, -100])
+
+    @pytest.mark.parametrize("loss", [overtone_loss, reference_loss])
+    @pytest.mark.parametrize(
+        ("epsilon", "hold_settled", "held"),
+        [
+            (0.05, False, False),
+            (0.05, True, False),
+            (0.2, True, True),
+            (0.2, False, False),
+            (0.05, 0.073, False),
+            (0.05, 0.0732, True),
+            (0.0, 0.0732, True),
+            (0.0, True, False),
+        ],
+    )
+    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+    def test_whole_call(self, loss, epsilon, hold_settled, held, reduction):
+        """True waits for every counted token, a number for their mean KL; the value is the same either way."""
+        logits = self.logits.clone().requires_grad_()
+        arguments = {"epsilon": epsilon, "reduction": reduction}
+        value = loss(logits, self.labels, hold_settled=hold_settled, **arguments)
+        value.sum().backward()
+        assert (logits.grad is None) is held
+        assert torch.equal(value, loss(self.logits, self.labels, **arguments))
+
+    def test_no_counted_token_needs_nothing(self):
+        """A micro-batch without labels is held: zeros from it would move Adam."""
+        logits = torch.zeros(2, 3, requires_grad=True)
+        loss = overtone_loss(logits, torch.tensor([-100, -100]), hold_settled=True)
+        loss.backward()
+        assert loss == 0
+        assert logits.grad is None
+
+    def test_nan_is_never_settled(self):
+        """A broken model is not declared finished."""
+        for hold_settled in (True, 0.5):
+            logits = torch.tensor([[math.nan, 0.0]], requires_grad=True)
+            overtone_loss(logits, torch.tensor([0]), hold_settled=hold_settled).backward()
+            assert logits.grad is not None
+
+    def test_without_grad(self):
+        """Evaluation with a held loss has no graph to cut and stays without one."""
+        assert not overtone_loss(self.logits, self.labels, epsilon=9.0, hold_settled=True).requires_grad
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+class TestDistributed:
+    @pytest.mark.parametrize("hold_settled", [True, 0.1])
+    def test_hold_is_refused(self, hold_settled):
+        """DDP and FSDP wait for every gradient, so a hold is an error there and not a hang."""
+        with pytest.raises(ValueError, match=r"hold_settled=.*pass hold_settled=False"):
+            overtone_loss(torch.zeros(1, 3), torch.tensor([0]), hold_settled=hold_settled)
+
+    def test_ddp_without_hold_gets_every_gradient(self):
+        """Settled tokens send zeros, which DDP reduces as usual."""
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 3))
+        criterion = OverToneLoss()
+        for _ in range(2):
+            criterion(model(torch.ones(2, 4)), torch.tensor([0, 1])).backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())

@@ -1,0 +1,122 @@
+"""OverToneConfig and OverToneLoss in the place of torch.nn.CrossEntropyLoss."""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+
+from overtone import OverToneConfig, OverToneLoss, overtone_loss
+
+LOGITS = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, -100, 3, 4, 2])
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("method", "epsilon", "n_sigma"),
+        [("ft-m", 0.01, 0.5), ("lora", 0.05, 0.5), ("melo", 0.05, 1), ("wise", 0.05, 1)],
+    )
+    def test_presets_are_the_papers(self, method, epsilon, n_sigma):
+        """Appendix B.1."""
+        assert OverToneConfig.preset(method) == OverToneConfig(epsilon=epsilon, n_sigma=n_sigma, lam=0.1)
+
+    def test_preset_with_changes(self):
+        """Any value of a preset can be set otherwise."""
+        changed = OverToneConfig.preset("wise", lam=0.3, hold_settled=True)
+        assert changed == OverToneConfig(epsilon=0.05, n_sigma=1.0, lam=0.3, hold_settled=True)
+
+    def test_unknown_preset(self):
+        """The message lists the known ones."""
+        with pytest.raises(ValueError, match=r"method must be one of \['ft-m', 'lora', 'melo', 'wise'\], got 'rome'"):
+            OverToneConfig.preset("rome")
+
+    def test_frozen(self):
+        """Settings do not change under a running loss."""
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            OverToneConfig().epsilon = 0.1
+
+    @pytest.mark.parametrize(
+        ("values", "error"),
+        [
+            ({"epsilon": -1}, ValueError),
+            ({"n_sigma": 0}, ValueError),
+            ({"lam": 2}, ValueError),
+            ({"hold_settled": -0.5}, ValueError),
+            ({"epsilon": "0.1"}, TypeError),
+            ({"check": 1}, TypeError),
+        ],
+    )
+    def test_validated(self, values, error):
+        """A bad value is refused when the config is made, by its name."""
+        with pytest.raises(error, match=next(iter(values))):
+            OverToneConfig(**values)
+
+
+class TestModule:
+    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+    def test_same_call_as_cross_entropy(self, reduction):
+        """Same call, same shapes; with epsilon 0 and lam 1 also the same numbers."""
+        expected = torch.nn.CrossEntropyLoss(reduction=reduction)(LOGITS, LABELS)
+        module = OverToneLoss(OverToneConfig(epsilon=0, lam=1), reduction=reduction)
+        torch.testing.assert_close(module(LOGITS, LABELS), expected)
+
+    def test_settings_reach_the_loss(self):
+        """Every field of the config, ignore_index and reduction are used."""
+        config = OverToneConfig(epsilon=0.3, n_sigma=None, lam=0.7, check=False)
+        module = OverToneLoss(config, ignore_index=3, reduction="sum")
+        labels = LABELS.where(LABELS != -100, 3)
+        expected = overtone_loss(
+            LOGITS, labels, epsilon=0.3, n_sigma=None, lam=0.7, check=False, ignore_index=3, reduction="sum"
+        )
+        assert torch.equal(module(LOGITS, labels), expected)
+        assert not torch.equal(OverToneLoss(ignore_index=3, reduction="sum")(LOGITS, labels), expected)
+
+    def test_reference_logits(self):
+        """The unedited model's logits can go through the module too."""
+        other = LOGITS.flip(1)
+        expected = overtone_loss(LOGITS, LABELS, reference_logits=other)
+        assert torch.equal(OverToneLoss()(LOGITS, LABELS, other), expected)
+
+    def test_hold(self):
+        """hold_settled of the config reaches the graph."""
+        logits = LOGITS.clone().requires_grad_()
+        OverToneLoss(OverToneConfig(epsilon=99.0, hold_settled=True))(logits, LABELS).backward()
+        assert logits.grad is None
+
+    def test_repr(self):
+        """A log line of the module says everything about it."""
+        assert repr(OverToneLoss()) == (
+            "OverToneLoss(epsilon=0.05, n_sigma=0.5, lam=0.1, check=True, hold_settled=False, "
+            "ignore_index=-100, reduction='mean')"
+        )
+
+    def test_travels(self):
+        """It pickles, copies and leaves no trace in a state_dict."""
+        module = OverToneLoss(OverToneConfig.preset("ft-m"), reduction="sum")
+        for twin in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+            assert torch.equal(twin(LOGITS, LABELS), module(LOGITS, LABELS))
+        assert module.state_dict() == {}
+        assert list(module.parameters()) == []
+
+    def test_default_arguments_of_cross_entropy_are_accepted(self):
+        """A call that spells out CrossEntropyLoss's defaults still works."""
+        OverToneLoss(weight=None, label_smoothing=0.0, size_average=None, reduce=None, ignore_index=-100)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"weight": torch.ones(5)}, ValueError, "weight must be None"),
+            ({"label_smoothing": 0.1}, ValueError, "label_smoothing must be 0, got 0.1"),
+            ({"size_average": False}, ValueError, "size_average and reduce must be None"),
+            ({"reduce": True}, ValueError, "size_average and reduce must be None"),
+            ({"reduction": "average"}, ValueError, "reduction must be one of"),
+            ({"config": torch.ones(5)}, TypeError, "config must be an OverToneConfig or None, got Tensor"),
+            ({"config": {"epsilon": 0.1}}, TypeError, "config must be an OverToneConfig or None, got dict"),
+        ],
+    )
+    def test_what_it_cannot_honour_raises(self, arguments, error, message):
+        """Nothing is ignored in silence."""
+        with pytest.raises(error, match=message):
+            OverToneLoss(**arguments)
