@@ -1,0 +1,111 @@
+"""Finished edits, one JSON line each, on disk as soon as they are done; files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from overtone.lab.metrics import Scores
+from overtone.lab.traces import EditTrace
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """One edit with one method and one loss.
+
+    Attributes:
+        index: of the edit in the run's list.
+        method: name in `overtone.lab.editors.METHODS`.
+        loss: name in `overtone.lab.losses.LOSSES`.
+        prompt: the edited prompt.
+        target_new: what it shall say.
+        target_old: what it said.
+        scores: how good the edit is.
+        steps: optimiser steps taken.
+        ended: why it took no more (see `overtone.lab.editors.FitTrace`).
+        seconds: wall-clock time of the editing steps, probes watched at every step included where there is a trace.
+        trace: what happened step by step, where it was watched.
+    """
+
+    index: int
+    method: str
+    loss: str
+    prompt: str
+    target_new: str
+    target_old: str
+    scores: Scores
+    steps: int
+    ended: str
+    seconds: float
+    trace: EditTrace | None
+
+    @property
+    def key(self) -> tuple[int, str, str]:
+        """What makes the record one of its run."""
+        return self.index, self.method, self.loss
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> EditRecord:
+        """The record that `dataclasses.asdict` took apart."""
+        trace = values["trace"]
+        scores, trace = Scores(**values["scores"]), None if trace is None else EditTrace(**trace)
+        return cls(**{**values, "scores": scores, "trace": trace})
+
+
+class RecordFile:
+    """The finished edits of one run, in a file that a killed run leaves in a state to go on from.
+
+    The first line says what every record depends on; a file of another run is refused rather than mixed in.
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any]) -> None:
+        """Open or begin the file.
+
+        Args:
+            path: the file.
+            run: JSON values on which every record depends.
+
+        Raises:
+            ValueError: the file belongs to a run with other values.
+        """
+        self.path = path
+        # A torn last line is the edit that was being written when the run was killed: it counts as not done.
+        lines = [line for line in _lines(path) if line.endswith("\n")]
+        run = json.loads(json.dumps(run))
+        if lines:
+            earlier = json.loads(lines[0])
+            different = sorted(key for key in earlier | run if earlier.get(key) != run.get(key))
+            if different:
+                raise ValueError(
+                    f"{path} holds the edits of a run with another {', '.join(different)}: "
+                    "choose another folder, or remove this file"
+                )
+        else:
+            lines = [json.dumps(run) + "\n"]
+        self.records = [EditRecord.from_json(json.loads(line)) for line in lines[1:]]
+        write_atomically(path, "".join(lines))
+
+    def append(self, record: EditRecord) -> None:
+        """Add a record and have it on disk before returning."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(record)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a run killed here, sees the old text or the new text, never a part."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            yield from file
