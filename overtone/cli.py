@@ -1,0 +1,128 @@
+"""The `overtone` command: demo and doctor.
+
+Only argparse is imported here; what a command needs is imported when it runs, so that `overtone --help` works, and is
+quick, where torch alone is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    Subcommands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_LAB_MODULES = ("transformers", "peft", "matplotlib", "platformdirs", "rich", "scipy")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments after the program's name; None: those of this process.
+
+    Returns:
+        The exit code: 0 done, 1 refused or found wanting, 2 a mistake in the call, 130 interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="overtone", description="Edit language models' knowledge with a loss that does not overfit it."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_demo(commands)
+    _add_doctor(commands, is_wanted=argv[:1] == ["doctor"])
+    arguments = parser.parse_args(argv)
+    try:
+        exit_code: int = arguments.run(arguments, argv)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was finished is kept, and the same command goes on from there", exit_code=130)
+    return exit_code
+
+
+def _add_demo(commands: Subcommands) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="edit a small model's facts with several losses and compare",
+        description="Train (once) a small model on an invented world, edit its facts singly with each method and loss, "
+        "and print what each loss does to the edit and to everything else that the model knows.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the world, its model and the edits")
+    parser.add_argument("--edits", type=int, default=20, help="how many facts to edit")
+    parser.add_argument("--methods", type=_names, default="lora,ft-m", help="by commas; the figure shows the first")
+    parser.add_argument(
+        "--losses",
+        type=_names,
+        default="cross_entropy,early_stopping,label_smoothing,overtone,overtone_held",
+        help="by commas",
+    )
+    parser.add_argument("--arch", default="llama", help="llama, gpt2 or qwen2")
+    parser.add_argument("--target", default="short", help="what is edited in: short, a name; long, three sentences")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for results.json and the figure")
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes")
+    parser.set_defaults(run=_demo)
+
+
+def _add_doctor(commands: Subcommands, *, is_wanted: bool) -> None:
+    parser = commands.add_parser("doctor", help="check the EasyEdit installation that overtone plugs into")
+    if is_wanted:
+        from overtone.easyedit import doctor
+
+        doctor.add_arguments(parser)
+        parser.set_defaults(run=lambda arguments, argv: doctor.run(arguments))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _demo(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    missing = [module for module in _LAB_MODULES if find_spec(module) is None]
+    if missing:
+        return _fail(f'the demo needs {", ".join(missing)}: pip install "overtone[lab]"')
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from overtone.lab.demo import Demo, DemoSettings
+    from overtone.lab.report import table
+
+    settings = DemoSettings(
+        seed=arguments.seed,
+        edits=arguments.edits,
+        methods=arguments.methods,
+        losses=arguments.losses,
+        arch=arguments.arch,
+        target=arguments.target,
+    )
+    try:
+        demo = Demo(settings, arguments.out, workers=arguments.workers)
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    try:
+        lab_model = demo.load_or_train()
+    except RuntimeError as error:
+        return _fail(str(error), exit_code=1)
+    try:
+        records = demo.open_records(lab_model)
+    except ValueError as error:
+        return _fail(str(error))
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("editing", total=len(demo.left(records)))
+        for _ in demo.perform(lab_model, records):
+            progress.advance(bar)
+    rows = demo.finish(lab_model, records, command=["overtone", *argv])
+    console = Console()
+    console.print(demo.about(lab_model))
+    console.print(table(rows, title=f"{len(demo.edits)} single edits, {settings.target} targets, {settings.arch}"))
+    console.print(f"Written: {', '.join(str(path) for path in demo.outputs)}")
+    return 0
+
+
+def _fail(message: str, *, exit_code: int = 2) -> int:
+    sys.stderr.write(f"overtone: error: {message}\n")
+    return exit_code

@@ -1,0 +1,110 @@
+"""Overfitting, drawn: losses step by step and token by token, in the manner of the paper's Figures 1 and 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from overtone.lab.losses import LOSSES
+from overtone.lab.records import EditRecord
+from overtone.lab.traces import EditTrace
+
+_COLOURS = {
+    "cross_entropy": "#D55E00",
+    "early_stopping": "#E69F00",
+    "label_smoothing": "#CC79A7",
+    "overtone": "#56B4E9",
+    "overtone_held": "#0072B2",
+}
+"""Okabe and Ito's palette, which colour-blind readers tell apart."""
+
+_DASHES = {
+    "cross_entropy": "-",
+    "early_stopping": "--",
+    "label_smoothing": ":",
+    "overtone": "-.",
+    "overtone_held": "-",
+}
+
+
+def draw_overfitting(records: Sequence[EditRecord], path: Path, *, title: str) -> None:
+    """Draw the traces of one method: a line per loss, averaged over edits.
+
+    Generality and portability loss after every step (an edit that ended early keeps its last value); the loss of each
+    target token before the edit; the underfitting degree of each target token after it, negative where overfitted.
+
+    Args:
+        records: of one method; those without a trace are passed over.
+        path: the image; its suffix chooses the format.
+        title: above the figure.
+
+    Raises:
+        ImportError: matplotlib is not there.
+        ValueError: no record has a trace.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: pip install "overtone[lab]"') from error
+
+    traces: dict[str, list[EditTrace]] = {}
+    for record in records:
+        if record.trace is not None:
+            traces.setdefault(record.loss, []).append(record.trace)
+    if not traces:
+        raise ValueError("no record has a trace: nothing to draw")
+
+    figure = Figure(figsize=(3.5, 4.0), dpi=300, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=7)
+    (generality, portability), (initial, underfitting) = figure.subplots(2, 2)
+    for loss, group in traces.items():
+        style: dict[str, Any] = {
+            "color": _COLOURS[loss],
+            "linestyle": _DASHES[loss],
+            "linewidth": 1.2,
+            "label": LOSSES[loss].title,
+        }
+        generality.plot(*_mean_curve([(trace.steps, trace.generality_loss) for trace in group]), **style)
+        portability.plot(*_mean_curve([(trace.steps, trace.portability_loss) for trace in group]), **style)
+        degrees = _mean_per_position([trace.underfitting for trace in group])
+        underfitting.plot(range(1, len(degrees) + 1), degrees, marker="o", markersize=2, **style)
+    losses_before = _mean_per_position([trace.initial_loss for trace in next(iter(traces.values()))])
+    initial.bar(range(1, len(losses_before) + 1), losses_before, color="#777777")
+    initial.axhline(float(np.mean(losses_before)), color="black", linewidth=0.7, linestyle="--")
+    underfitting.axhline(0.0, color="black", linewidth=0.7)
+
+    _label(generality, "a  Generality loss", "editing step", "nats")
+    _label(portability, "b  Portability loss", "editing step", "nats")
+    _label(initial, "c  Loss before the edit", "target token", "nats")
+    _label(underfitting, "d  Underfitting degree", "target token", "nats (below 0: overfitted)")
+    handles, labels = generality.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=6, frameon=False, handlelength=2.6)
+    figure.savefig(path)
+
+
+def _label(axes: Any, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=7, loc="left")
+    axes.set_xlabel(x, fontsize=6)
+    axes.set_ylabel(y, fontsize=6)
+    axes.tick_params(labelsize=6, width=0.6, length=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _mean_curve(curves: Sequence[tuple[Sequence[int], Sequence[float]]]) -> tuple[list[int], list[float]]:
+    """Steps and the mean at each, over curves that go on with their last value where they end early."""
+    steps = sorted({step for known, _ in curves for step in known})
+    # np.interp holds the last value beyond the end, and draws between the steps that a curve has.
+    return steps, np.mean([np.interp(steps, known, values) for known, values in curves], axis=0).tolist()
+
+
+def _mean_per_position(rows: Sequence[Sequence[float]]) -> list[float]:
+    """The mean at each position over the rows that reach it, as far as at least half of the rows do."""
+    lengths = sorted(map(len, rows), reverse=True)
+    reached = lengths[(len(lengths) - 1) // 2]
+    return [float(np.mean([row[position] for row in rows if len(row) > position])) for position in range(reached)]
