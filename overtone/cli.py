@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     Subcommands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_LAB_MODULES = ("transformers", "peft", "matplotlib", "platformdirs", "rich", "scipy")
+_EXTRAS = {
+    "lab": ("transformers", "peft", "matplotlib", "platformdirs", "rich", "scipy"),
+    "easyedit": ("yaml", "rich"),
+}
+"""What the commands need beyond torch, by the extra that brings it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,6 +75,9 @@ def _add_demo(commands: Subcommands) -> None:
 def _add_doctor(commands: Subcommands, *, is_wanted: bool) -> None:
     parser = commands.add_parser("doctor", help="check the EasyEdit installation that overtone plugs into")
     if is_wanted:
+        problem = _missing("easyedit")
+        if problem:
+            parser.error(problem)
         from overtone.easyedit import doctor
 
         doctor.add_arguments(parser)
@@ -82,9 +89,9 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _demo(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
-    missing = [module for module in _LAB_MODULES if find_spec(module) is None]
-    if missing:
-        return _fail(f'the demo needs {", ".join(missing)}: pip install "overtone[lab]"')
+    problem = _missing("lab")
+    if problem:
+        return _fail(problem)
     from rich.console import Console
     from rich.progress import Progress
 
@@ -121,6 +128,11 @@ def _demo(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     console.print(table(rows, title=f"{len(demo.edits)} single edits, {settings.target} targets, {settings.arch}"))
     console.print(f"Written: {', '.join(str(path) for path in demo.outputs)}")
     return 0
+
+
+def _missing(extra: str) -> str | None:
+    missing = [module for module in _EXTRAS[extra] if find_spec(module) is None]
+    return f'missing {", ".join(missing)}: pip install "overtone[{extra}]"' if missing else None
 
 
 def _fail(message: str, *, exit_code: int = 2) -> int:

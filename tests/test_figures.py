@@ -44,9 +44,9 @@ class TestDrawOverfitting:
 class TestMeans:
     def test_a_curve_that_ends_early_keeps_its_last_value(self):
         """At step 4: 1 and the 3 that the shorter curve ended with."""
-        steps, means = figures._mean_curve([([0, 2, 4], [5.0, 3.0, 1.0]), ([0, 1], [7.0, 3.0])])
-        assert steps == [0, 1, 2, 4]
-        assert means == pytest.approx([6.0, (4.0 + 3.0) / 2, 3.0, 2.0])
+        steps, means = figures._mean_curve([([0, 2, 4], [5.0, 3.0, 1.0]), ([0, 1], [7.0, 3.0])], last_step=6)
+        assert steps == [0, 1, 2, 4, 6]
+        assert means == pytest.approx([6.0, (4.0 + 3.0) / 2, 3.0, 2.0, 2.0])
 
     def test_positions_that_half_of_the_rows_reach(self):
         assert figures._mean_per_position([[1.0, 2.0], [3.0], [5.0]]) == [3.0]

@@ -62,6 +62,7 @@ def draw_overfitting(records: Sequence[EditRecord], path: Path, *, title: str) -
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=7)
     (generality, portability), (initial, underfitting) = figure.subplots(2, 2)
+    last_step = max(trace.steps[-1] for group in traces.values() for trace in group)
     for loss, group in traces.items():
         style: dict[str, Any] = {
             "color": _COLOURS[loss],
@@ -69,8 +70,11 @@ def draw_overfitting(records: Sequence[EditRecord], path: Path, *, title: str) -
             "linewidth": 1.2,
             "label": LOSSES[loss].title,
         }
-        generality.plot(*_mean_curve([(trace.steps, trace.generality_loss) for trace in group]), **style)
-        portability.plot(*_mean_curve([(trace.steps, trace.portability_loss) for trace in group]), **style)
+        for axes, curves in (
+            (generality, [(trace.steps, trace.generality_loss) for trace in group]),
+            (portability, [(trace.steps, trace.portability_loss) for trace in group]),
+        ):
+            axes.plot(*_mean_curve(curves, last_step), **style)
         degrees = _mean_per_position([trace.underfitting for trace in group])
         underfitting.plot(range(1, len(degrees) + 1), degrees, marker="o", markersize=2, **style)
     losses_before = _mean_per_position([trace.initial_loss for trace in next(iter(traces.values()))])
@@ -78,8 +82,10 @@ def draw_overfitting(records: Sequence[EditRecord], path: Path, *, title: str) -
     initial.axhline(float(np.mean(losses_before)), color="black", linewidth=0.7, linestyle="--")
     underfitting.axhline(0.0, color="black", linewidth=0.7)
 
-    _label(generality, "a  Generality loss", "editing step", "nats")
-    _label(portability, "b  Portability loss", "editing step", "nats")
+    for axes in (generality, portability):
+        axes.set_yscale("log")
+    _label(generality, "a  Generality loss", "editing step", "nats, log scale")
+    _label(portability, "b  Portability loss", "editing step", "nats, log scale")
     _label(initial, "c  Loss before the edit", "target token", "nats")
     _label(underfitting, "d  Underfitting degree", "target token", "nats (below 0: overfitted)")
     handles, labels = generality.get_legend_handles_labels()
@@ -96,9 +102,11 @@ def _label(axes: Any, title: str, x: str, y: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _mean_curve(curves: Sequence[tuple[Sequence[int], Sequence[float]]]) -> tuple[list[int], list[float]]:
-    """Steps and the mean at each, over curves that go on with their last value where they end early."""
-    steps = sorted({step for known, _ in curves for step in known})
+def _mean_curve(
+    curves: Sequence[tuple[Sequence[int], Sequence[float]]], last_step: int
+) -> tuple[list[int], list[float]]:
+    """Steps and the mean at each, over curves that keep their last value to the last step where they end early."""
+    steps = sorted({last_step, *(step for known, _ in curves for step in known)})
     # np.interp holds the last value beyond the end, and draws between the steps that a curve has.
     return steps, np.mean([np.interp(steps, known, values) for known, values in curves], axis=0).tolist()
 

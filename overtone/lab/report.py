@@ -18,13 +18,13 @@ class _Column:
     heading: str
     factor: float = 100.0
     mean_decimals: int = 1
-    interval_decimals: int = 0
+    interval_decimals: int | None = 0
 
     def cell(self, estimate: Estimate | None) -> str:
         if estimate is None:
             return "-"
         mean = f"{self.factor * estimate.mean:.{self.mean_decimals}f}"
-        if estimate.low is None or estimate.high is None:
+        if self.interval_decimals is None or estimate.low is None or estimate.high is None:
             return mean
         low, high = (f"{self.factor * end:.{self.interval_decimals}f}" for end in (estimate.low, estimate.high))
         return f"{mean}\n[dim]{low}-{high}[/dim]"
@@ -38,7 +38,7 @@ _COLUMNS = {
     "average": _Column("Avg"),
     "exact_match_average": _Column("Exact\nmatch"),
     "kl": _Column("KL", factor=1.0, mean_decimals=3, interval_decimals=2),
-    "steps": _Column("Steps", factor=1.0),
+    "steps": _Column("Steps", factor=1.0, interval_decimals=None),
 }
 
 
@@ -55,8 +55,7 @@ def table(rows: Sequence[SummaryRow], *, title: str) -> Table:
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
+        padding=0,
     )
     result.add_column("Loss")
     for column in _COLUMNS.values():
