@@ -1,0 +1,16 @@
+"""OverTone in EasyEdit: one key in the hparams of FT-M, LoRA, MELO and WISE, nothing changed without it.
+
+    import overtone.easyedit
+    overtone.easyedit.install()                        # once; easyeditor importable
+
+    # in the hparams yaml:   token_loss: overtone
+    #                  or:   token_loss: {name: overtone, epsilon: 0.1, hold_settled: false}
+    # or in code:            hparams.token_loss = any callable(logits (N, V), labels (N,)) -> loss (N,)
+
+`overtone doctor my.yaml` says what would be hooked, and which known trap the file would fall into.
+"""
+
+from overtone.easyedit.installation import install, uninstall
+from overtone.easyedit.trainers import SeamError
+
+__all__ = ["SeamError", "install", "uninstall"]

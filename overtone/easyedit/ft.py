@@ -1,0 +1,72 @@
+"""FT-M and its twin for long free text: the `CrossEntropyLoss` that their modules imported.
+
+Both end by themselves when the mean loss of the target tokens falls below 1e-2. OverTone's floor alone would keep them
+running; a held step reports 0, so the trainer's own rule ends the edit.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from overtone.easyedit.cross_entropy import CrossEntropyStandIn, running
+from overtone.easyedit.patching import Patches
+from overtone.easyedit.running import choice_of
+from overtone.easyedit.trainers import (
+    Trainer,
+    argument,
+    does_not_use,
+    lacks,
+    lacks_arguments,
+    refuse_encoder_decoder,
+    wrap,
+)
+
+
+def _problem(module: ModuleType, execute: str) -> str | None:
+    return (
+        lacks(module, [execute, "CrossEntropyLoss"])
+        or lacks_arguments(getattr(module, execute), ["model", "hparams"])
+        or does_not_use(getattr(module, execute), "CrossEntropyLoss")
+        or does_not_use(getattr(module, execute), "objective_optimization")
+        or (None if issubclass(module.CrossEntropyLoss, nn.CrossEntropyLoss) else "CrossEntropyLoss is not torch's")
+    )
+
+
+def _hook(module: ModuleType, patches: Patches, name: str, execute: str) -> None:
+    def edit(original: Any, *args: Any, **kwargs: Any) -> Any:
+        hparams = argument(original, args, kwargs, "hparams")
+        choice = choice_of(hparams, name, "ft-m")
+        if choice is None or choice.loss is None:
+            return original(*args, **kwargs)
+        refuse_encoder_decoder(argument(original, args, kwargs, "model"), hparams)
+        if hparams.objective_optimization != "target_new":
+            raise ValueError(
+                f"token_loss is not used with objective_optimization {hparams.objective_optimization!r} (FT-L): set "
+                "objective_optimization: target_new, which is FT-M, or leave token_loss out"
+            )
+        with running(choice.loss):
+            return original(*args, **kwargs)
+
+    patches.attribute(module, "CrossEntropyLoss", CrossEntropyStandIn)
+    wrap(patches, module, execute, edit)
+
+
+def _trainer(name: str, module: str, hparams_class: str, execute: str, optional: bool) -> Trainer:
+    return Trainer(
+        name,
+        preset="ft-m",
+        module=module,
+        hparams_class=hparams_class,
+        way_in=f"CrossEntropyLoss of {module}, while {execute} runs",
+        problem=partial(_problem, execute=execute),
+        hook=partial(_hook, name=name, execute=execute),
+        optional=optional,
+    )
+
+
+FT = _trainer("FT", "ft.ft_main", "FTHyperParams", "execute_ft", optional=False)
+FT_UNS = _trainer("FT_uns", "ft_uns.ft_uns_main", "FT_uns_HyperParams", "execute_ft_uns", optional=True)

@@ -1,0 +1,163 @@
+"""Hooking the adapters into EasyEdit, all or nothing, and taking them out again."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from overtone.easyedit.ft import FT, FT_UNS
+from overtone.easyedit.hparams import KEY, choose, loader
+from overtone.easyedit.lora import LORA, LORA_UNS, QLORA
+from overtone.easyedit.melo import MELO
+from overtone.easyedit.patching import Patches
+from overtone.easyedit.trainers import MODELS, SeamError, Trainer
+from overtone.easyedit.wise import WISE
+
+TRAINERS = (FT, LORA, MELO, WISE, QLORA, LORA_UNS, FT_UNS)
+
+_patches = Patches()
+_installed: list[Trainer] = []
+_lock = threading.Lock()
+
+
+def install(methods: Iterable[str] | None = None) -> None:
+    """Let EasyEdit's trainers use the loss that their hparams name; hparams without `token_loss` run as before.
+
+    Installing again, with the same methods or fewer, changes nothing.
+
+    Args:
+        methods: names from FT, LoRA, MELO, WISE, QLoRA, LoRA_uns, FT_uns; None for all that this EasyEdit has, of which
+            the first four must be there.
+
+    Raises:
+        ImportError: if easyeditor cannot be imported.
+        ValueError: for an unknown method.
+        SeamError: if a trainer's loss is not computed where the adapter expects it; nothing is changed then.
+    """
+    wanted = _wanted(methods)
+    import_easyeditor()
+    with _lock:
+        new = [trainer for trainer in wanted if trainer not in _installed]
+        if not new:
+            return
+        problems = {trainer.name: problem for trainer in new if (problem := trainer.seam_problem())}
+        if methods is None:
+            missing = [trainer for trainer in new if trainer.optional and trainer.name in problems]
+            new = [trainer for trainer in new if trainer not in missing]
+            for trainer in missing:
+                del problems[trainer.name]
+        if problems:
+            lines = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+            raise SeamError(
+                f"no way into {lines}. Nothing was changed. `overtone doctor` shows every seam; "
+                "overtone.easyedit.install(methods=[...]) leaves methods out"
+            )
+        try:
+            for trainer in new:
+                trainer.hook(trainer.load(), _patches)
+            _installed.extend(new)
+            if len(_installed) == len(new):
+                _hook_loaders(_patches)
+                _refuse_elsewhere(_patches)
+        except BaseException:
+            _uninstall()
+            raise
+
+
+def uninstall() -> None:
+    """Put back everything that `install` replaced, identical; harmless when nothing is installed."""
+    with _lock:
+        _uninstall()
+
+
+def installed() -> tuple[str, ...]:
+    """The names of the trainers that are hooked."""
+    return tuple(trainer.name for trainer in _installed)
+
+
+def _uninstall() -> None:
+    _patches.undo()
+    _installed.clear()
+
+
+def _wanted(methods: Iterable[str] | None) -> list[Trainer]:
+    if methods is None:
+        return list(TRAINERS)
+    if isinstance(methods, str):
+        raise TypeError(f"methods must be a list of names, got the string {methods!r}")
+    by_name = {trainer.name: trainer for trainer in TRAINERS}
+    for name in (methods := list(methods)):
+        if name not in by_name:
+            raise ValueError(f"methods must be among {', '.join(by_name)}, got {name!r}")
+    return [by_name[name] for name in methods]
+
+
+def import_easyeditor() -> None:
+    """Import the framework with all its trainers, or raise an ImportError that says how to get it."""
+    try:
+        importlib.import_module("easyeditor.util.alg_dict")
+    except ImportError as error:
+        raise ImportError(
+            f"EasyEdit cannot be imported ({error}): clone https://github.com/zjunlp/EasyEdit, "
+            "pip install -r its requirements.txt, and put the clone on PYTHONPATH"
+        ) from error
+
+
+def _trainer_of(cls: type) -> Trainer | None:
+    """The installed trainer whose yaml files this class loads."""
+    for trainer in _installed:
+        package = f"{MODELS}.{trainer.module.split('.')[0]}."
+        if cls.__name__ == trainer.hparams_class and cls.__module__.startswith(package):
+            return trainer
+    return None
+
+
+def _hook_loaders(patches: Patches) -> None:
+    base = importlib.import_module("easyeditor.util.hparams").HyperParams
+    pending = list(base.__subclasses__())
+    while pending:
+        cls = pending.pop()
+        pending.extend(cls.__subclasses__())
+        stock = vars(cls).get("from_hparams")
+        if isinstance(stock, classmethod):
+            hooked = loader(stock.__func__, functools.partial(_check_file, cls))
+            patches.attribute(cls, "from_hparams", classmethod(functools.wraps(stock.__func__)(hooked)))
+
+
+def _check_file(cls: type, config: dict[str, Any]) -> None:
+    trainer = _trainer_of(cls)
+    if trainer is None:
+        raise ValueError(_not_supported(str(config.get("alg_name", cls.__name__))))
+    if config[KEY] is not None:
+        choose(config[KEY], trainer.preset)
+
+
+def _refuse_elsewhere(patches: Patches) -> None:
+    """Every editor without an adapter refuses hparams that ask for a token loss, instead of ignoring them."""
+    algorithms = importlib.import_module("easyeditor.util.alg_dict")
+    supported = {trainer.name for trainer in TRAINERS}
+    for table_name in ("ALG_DICT", "ALG_MULTIMODAL_DICT", "PER_ALG_DICT"):
+        table: dict[str, Callable[..., Any]] = getattr(algorithms, table_name, {})
+        for name, apply in list(table.items()):
+            if table_name != "ALG_DICT":
+                patches.item(table, name, _refusing(apply, f"{name} ({table_name})"))
+            elif name not in supported:
+                patches.item(table, name, _refusing(apply, name))
+
+
+def _refusing(apply: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @functools.wraps(apply)
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        if any(getattr(value, KEY, None) is not None for value in (*args, *kwargs.values())):
+            raise ValueError(_not_supported(name))
+        return apply(*args, **kwargs)
+
+    return refusing
+
+
+def _not_supported(name: str) -> str:
+    names = ", ".join(trainer.name for trainer in TRAINERS)
+    return f"{KEY} is not used by {name}: leave it out, or edit with one of {names}"

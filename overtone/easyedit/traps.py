@@ -1,0 +1,299 @@
+"""The known ways in which an EasyEdit hparams file spoils an edit or a comparison, each with its mend.
+
+Found by running and reading EasyEdit; every check reads the file alone, and the installed versions where they matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from overtone.easyedit.hparams import KEY, choose
+
+Config = Mapping[str, Any]
+
+MODEL_FAMILIES = ("t5", "gpt", "llama", "baichuan", "chatglm", "internlm", "qwen", "mistral")
+PRESETS = {"FT": "ft-m", "LoRA": "lora", "QLoRA": "lora", "MELO": "melo", "WISE": "wise"}
+
+
+@dataclass(frozen=True)
+class Trap:
+    """One finding.
+
+    Attributes:
+        finding: what is wrong with the file.
+        mend: what to do about it.
+        fatal: the edit would not run at all.
+    """
+
+    finding: str
+    mend: str
+    fatal: bool = False
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.finding}: {self.mend}"
+
+
+def traps(config: Config, hparams_class: type | None = None) -> list[Trap]:
+    """The traps that a file would fall into.
+
+    Args:
+        config: the file's content.
+        hparams_class: the class that will load it, where known; its fields are checked then.
+    """
+    method = str(config.get("alg_name"))
+    if method not in PRESETS:
+        return [Trap(f"alg_name is {method!r}", f"the adapters know {', '.join(PRESETS)}", fatal=KEY in config)]
+    found = [*_model(config), *_token_loss(config), *_single_edits(config)]
+    for check in _CHECKS[method]:
+        found.extend(check(config))
+    if hparams_class is not None:
+        found.extend(_fields(config, hparams_class))
+    return [*found, *_evaluation(config)]
+
+
+def _model(config: Config) -> Iterator[Trap]:
+    name = str(config.get("model_name", ""))
+    family = next((family for family in MODEL_FAMILIES if family in name.lower()), None)
+    if family is None:
+        yield Trap(
+            f"model_name {name!r} contains no family name that EasyEdit knows",
+            f"put the model in a folder whose path contains one of {', '.join(MODEL_FAMILIES)}",
+            fatal=True,
+        )
+    if family == "t5" and KEY in config:
+        yield Trap("T5's trainers compute their loss on a path of their own", f"leave {KEY} out", fatal=True)
+    if "token_loss" in config and config[KEY] is None:
+        yield Trap(f"{KEY} is empty, so the trainer's own loss is used", f"write {KEY}: overtone, or take the line out")
+
+
+def _token_loss(config: Config) -> Iterator[Trap]:
+    if config.get(KEY) is None:
+        return
+    method = config["alg_name"]
+    try:
+        loss = choose(config[KEY], PRESETS[method]).loss
+    except (TypeError, ValueError) as error:
+        yield Trap(str(error), f"mend {KEY}", fatal=True)
+        return
+    if loss is None or loss.hold is not False:
+        return
+    if method in ("LoRA", "QLoRA", "MELO", "FT"):
+        yield Trap(
+            "hold_settled is false: Adam goes on moving every weight on the zero gradients of settled tokens",
+            "leave hold_settled out, or give a mean loss at which to hold",
+        )
+    if method == "FT" and loss.settled_below >= 1e-2:
+        yield Trap(
+            f"FT-M stops below a mean loss of 1e-2, at or below the floor epsilon={loss.settled_below:g}, so all "
+            "num_steps run",
+            "leave hold_settled out: a held step reports 0, which ends the edit",
+        )
+    if method == "WISE" and loss.settled_below > 0.02:
+        yield Trap(
+            f"WISE stops at a total loss of 0.02, below the floor epsilon={loss.settled_below:g}, so all n_iter run",
+            "leave hold_settled out: a held step reports 0, which lets the stop fire",
+        )
+
+
+def _single_edits(config: Config) -> Iterator[Trap]:
+    if config["alg_name"] in ("FT", "LoRA") and config.get("batch_size") != 1:
+        yield Trap(
+            f"batch_size is {config.get('batch_size', 'left to its default')}: BaseEditor.edit refuses all but 1",
+            "batch_size: 1 for single and sequential edits; other sizes are for batch_edit",
+        )
+
+
+def _ft_objective(config: Config) -> Iterator[Trap]:
+    objective = config.get("objective_optimization")
+    if objective != "target_new":
+        yield Trap(
+            f"objective_optimization {objective!r} is FT-L, whose loss sees the last prompt token alone",
+            "objective_optimization: target_new, which is FT-M",
+            fatal=KEY in config,
+        )
+
+
+def _adalora(config: Config) -> Iterator[Trap]:
+    if config.get("lora_type") == "adalora" and _adalora_needs_total_step():
+        yield Trap(
+            "lora_type adalora cannot be built by EasyEdit with this peft: AdaLoRA wants a total_step",
+            "lora_type: lora",
+            fatal=True,
+        )
+
+
+def _adalora_needs_total_step() -> bool:
+    try:
+        from peft import AdaLoraConfig
+    except ImportError:
+        return False
+    try:
+        AdaLoraConfig()
+    except ValueError:
+        return True
+    return False
+
+
+def _lora_dropout(config: Config) -> Iterator[Trap]:
+    if config.get("lora_dropout", 0.1 if config["alg_name"] == "QLoRA" else 0):
+        yield Trap(
+            f"lora_dropout {config.get('lora_dropout', 0.1)}: EasyEdit's LoRA stays in training mode, so dropout is on "
+            "while the edit is evaluated",
+            "lora_dropout: 0, or edited_model.eval() before scoring",
+        )
+
+
+def _qlora(config: Config) -> Iterator[Trap]:
+    yield Trap(
+        "QLoRA's trainer pads prompt and target to one length and scores pad tokens too, so its labels do not follow "
+        "the prompt",
+        "prefer LoRA for comparisons",
+    )
+
+
+def _melo_accumulates(config: Config) -> Iterator[Trap]:
+    yield Trap(
+        "MELO keeps its wrapper after single edits, so they accumulate; its block mapping belongs to the process",
+        "a new editor for every single edit, and one process a run",
+    )
+
+
+def _melo_classifier(config: Config) -> Iterator[Trap]:
+    name = _section(config, "lora").get("cls_name")
+    if name is None or (str(name).startswith((".", "/")) and not Path(str(name)).exists()):
+        yield Trap(
+            f"lora.cls_name {name!r} must name a tokenizer that can be loaded, though MELO never uses it",
+            "set it to model_name",
+            fatal=True,
+        )
+
+
+def _melo_layers(config: Config) -> Iterator[Trap]:
+    model = _section(config, "model")
+    targets, grace_layer = model.get("target_modules") or [], model.get("grace_layer")
+    if not targets or not grace_layer:
+        yield Trap(
+            "model.target_modules or model.grace_layer is missing",
+            "name full module paths, as model.layers.30.mlp.down_proj, and a grace_layer before all of them",
+            fatal=True,
+        )
+        return
+    late = [target for target in targets if _layer(target) <= _layer(grace_layer)]
+    if late:
+        yield Trap(
+            f"model.grace_layer {grace_layer} does not come before {', '.join(late)}: the block to use is looked up "
+            "after it was needed",
+            "a grace_layer in an earlier layer than every target module",
+        )
+
+
+def _layer(path: str) -> int:
+    return next((int(part) for part in str(path).split(".") if part.isdigit()), -1)
+
+
+def _melo_nested_floats(config: Config) -> Iterator[Trap]:
+    for section in ("grace", "model", "lora"):
+        for key, value in _section(config, section).items():
+            if isinstance(value, str) and _is_number(value):
+                yield Trap(
+                    f"{section}.{key} {value!r} stays a string: EasyEdit turns 1e-3 into a float at the top level only",
+                    "write it with a point, as 1.0e-3",
+                    fatal=True,
+                )
+
+
+def _melo_radius(config: Config) -> Iterator[Trap]:
+    radius = _section(config, "grace").get("init_radius")
+    if isinstance(radius, (int, float)) and radius < 1 and "llama" in str(config.get("model_name", "")).lower():
+        yield Trap(
+            f"grace.init_radius {radius} is too small to find the edit again for a rephrased prompt",
+            "the paper takes 60 for LLaMA 2 and 30 for LLaMA 3",
+        )
+
+
+def _section(config: Config, name: str) -> Config:
+    section = config.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _wise_sequential(config: Config) -> Iterator[Trap]:
+    if "sequential_edit" in config:
+        yield Trap(
+            "sequential_edit is no field of WISE's hparams, so the file does not load",
+            "take it out, and set hparams.sequential_edit = True after loading",
+            fatal=True,
+        )
+    else:
+        yield Trap(
+            "sequential runs drop earlier edits, since sequential_edit is no field of WISE's hparams",
+            "set hparams.sequential_edit = True after loading, for edit(..., sequential_edit=True)",
+        )
+
+
+def _wise_state(config: Config) -> Iterator[Trap]:
+    yield Trap(
+        "WISE's edit_history, merge_group_edit_history, CONTEXT_TEMPLATES_CACHE and WISEload belong to the process and "
+        "are never reset",
+        "one process a run",
+    )
+
+
+def _wise_labels(config: Config) -> Iterator[Trap]:
+    yield Trap(
+        "WISE's label mask starts one position early, and a loc_prompt longer than the edit lets prompt tokens into "
+        "the loss",
+        "keep loc_prompts shorter than prompt and target together",
+    )
+
+
+def _fields(config: Config, hparams_class: type) -> Iterator[Trap]:
+    if not is_dataclass(hparams_class):
+        return
+    known = {field.name: field for field in fields(hparams_class)}
+    given = {KEY, *config}
+    if "act_margin" in given:
+        given = given - {"act_margin"} | {"alpha", "beta", "gamma"}
+    for name in sorted(given - set(known) - {KEY, "sequential_edit", "evaluation_type"}):
+        yield Trap(f"{name} is no field of {hparams_class.__name__}", "take it out", fatal=True)
+    for name, field in known.items():
+        if name not in given and field.default is MISSING and field.default_factory is MISSING:
+            yield Trap(f"{name} is missing, and {hparams_class.__name__} has no default for it", "add it", fatal=True)
+
+
+def _evaluation(config: Config) -> Iterator[Trap]:
+    if "evaluation_type" in config:
+        yield Trap(
+            "evaluation_type is no field of these hparams, so the file does not load",
+            "take it out, and set hparams.evaluation_type = 'generate-text' after loading",
+            fatal=True,
+        )
+    else:
+        yield Trap(
+            "scores are teacher-forced, which leaks length and content of the answer",
+            "hparams.evaluation_type = 'generate-text' after loading, for free generation",
+        )
+    yield Trap(
+        "edit(..., sequential_edit=True) scores each edit at once, so forgetting is not measured",
+        "score all edits again after the last one",
+    )
+
+
+_CHECKS: dict[str, tuple[Callable[[Config], Iterator[Trap]], ...]] = {
+    "FT": (_ft_objective,),
+    "LoRA": (_adalora, _lora_dropout),
+    "QLoRA": (_lora_dropout, _qlora),
+    "MELO": (_melo_accumulates, _melo_classifier, _melo_layers, _melo_nested_floats, _melo_radius),
+    "WISE": (_wise_sequential, _wise_state, _wise_labels),
+}
