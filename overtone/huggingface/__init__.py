@@ -1,0 +1,18 @@
+"""The loss inside Hugging Face models and trainers.
+
+    handle = attach(model)                                              # model(..., labels=labels).loss is OverTone's
+    Trainer(..., compute_loss_func=compute_loss_func(config))           # the model's own loss stays as it is
+
+`causal_lm_loss` is what both compute: shifted labels, transformers' normalisation, an optional weight per token.
+"""
+
+try:
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError('overtone.huggingface needs transformers: pip install "overtone[hf]"') from error
+
+from overtone.huggingface.attachment import Attachment, attach, detach
+from overtone.huggingface.callback import TokenStatesCallback
+from overtone.huggingface.loss import causal_lm_loss, compute_loss_func
+
+__all__ = ["Attachment", "TokenStatesCallback", "attach", "causal_lm_loss", "compute_loss_func", "detach"]

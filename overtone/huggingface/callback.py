@@ -1,0 +1,97 @@
+"""What the loss does to the tokens, in the Trainer's logs; and the end of a training run that needs nothing more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from overtone.diagnostics import token_states
+from overtone.loss import OverToneConfig
+
+__all__ = ["TokenStatesCallback"]
+
+_SUMS = ("share_settled", "share_mixed", "mean_kl", "accuracy")
+
+
+class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
+    """Logs the state of the training tokens where Trainer logs its loss, averaged over the same steps.
+
+    Added to the logs: ``share_settled``, ``share_mixed`` and ``accuracy`` in [0, 1], ``mean_kl`` in nats (before the
+    clip). The loss has to show the callback its tokens:
+
+        callback = TokenStatesCallback(config)
+        loss = compute_loss_func(config, observer=callback.observe)     # or attach(model, config, observer=...)
+        Trainer(..., compute_loss_func=loss, callbacks=[callback])
+
+    This costs about one more evaluation of the loss a step. Under torch.distributed the numbers are those of all
+    ranks. Reporters that Trainer puts before its users' callbacks (TensorBoard and the like) see the numbers if the
+    callback goes first: ``trainer.callback_handler.callbacks.insert(0, callback)`` in the place of ``callbacks=``.
+
+    Args:
+        config: the settings of the loss; None for the defaults.
+        stop_after_held: stop training after this many steps in a row in which nothing was left to learn: every token
+            of the step settled or, where config.hold_settled is a number, their mean KL at or below it. None never
+            stops. With several batches an epoch, give at least their number.
+
+    Raises:
+        ValueError, TypeError: for a stop_after_held that is not a whole number of steps, 1 or more.
+    """
+
+    def __init__(self, config: OverToneConfig | None = None, *, stop_after_held: int | None = None) -> None:
+        if config is not None and not isinstance(config, OverToneConfig):
+            raise TypeError(f"config must be an OverToneConfig or None, got {type(config).__name__}: {config!r}")
+        if stop_after_held is not None:
+            if isinstance(stop_after_held, bool) or not isinstance(stop_after_held, int):
+                raise TypeError(f"stop_after_held must be a whole number of steps or None, got {stop_after_held!r}")
+            if stop_after_held < 1:
+                raise ValueError(f"stop_after_held must be 1 or more, or None, got {stop_after_held}")
+        self.config = config or OverToneConfig()
+        self.stop_after_held = stop_after_held
+        self._step: Tensor | None = None
+        self._logged = torch.zeros(1 + len(_SUMS), dtype=torch.float64)
+        self._held_steps = 0
+
+    def observe(self, logits: Tensor, labels: Tensor) -> None:
+        """Count the tokens of a micro-batch: logits ``(..., V)``, labels ``(...)`` aligned with them."""
+        states = token_states(logits, labels, self.config)
+        fields = (states.counted, states.settled, states.mixed, states.kl, states.correct)
+        sums = torch.stack([values.sum().double() for values in fields])
+        self._step = sums if self._step is None else self._step + sums
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget an earlier run."""
+        self._step = None
+        self._logged = torch.zeros_like(self._logged)
+        self._held_steps = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the step: add it to what is logged next, and count it if it was held."""
+        step = (
+            torch.zeros(1 + len(_SUMS), dtype=torch.float64, device=args.device) if self._step is None else self._step
+        )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(step)
+        self._step = None
+        self._logged = self._logged + step.cpu()
+        self._held_steps = self._held_steps + 1 if self._is_held(step) else 0
+        if self.stop_after_held is not None and self._held_steps >= self.stop_after_held:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Add the averages to the logs that hold the training loss, and to the trainer's history of them."""
+        tokens, *sums = self._logged.tolist()
+        if logs is None or "loss" not in logs or not tokens:
+            return
+        averages = {name: total / tokens for name, total in zip(_SUMS, sums, strict=True)}
+        logs.update(averages)
+        state.log_history[-1].update(averages)
+        self._logged = torch.zeros_like(self._logged)
+
+    def _is_held(self, step: Tensor) -> bool:
+        tokens, settled, _, total_kl, _ = step.tolist()
+        threshold = self.config.hold_settled
+        held: bool = settled == tokens if isinstance(threshold, bool) else total_kl <= threshold * tokens
+        return held and tokens > 0

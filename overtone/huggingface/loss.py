@@ -1,0 +1,169 @@
+"""The loss of a causal language model's logits, normalised as transformers normalises its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from overtone.fused import overtone_loss
+from overtone.loss import OverToneConfig
+
+Observer: TypeAlias = Callable[[Tensor, Tensor], None]
+"""Sees the logits ``(..., V)`` and the next tokens ``(...)`` of every training step; returns nothing."""
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    config: OverToneConfig | None = None,
+    *,
+    num_items_in_batch: int | Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    ignore_index: int = -100,
+    observer: Observer | None = None,
+) -> Tensor:
+    """The OverTone loss of next-token prediction, as transformers' `ForCausalLMLoss` computes cross-entropy.
+
+    Args:
+        logits: ``(batch, sequence, V)``; never copied, cut or written to.
+        labels: ``(batch, sequence)``, aligned with the input: position t is predicted from the logits at t - 1.
+        config: the settings of the loss; None for the defaults.
+        num_items_in_batch: divides the sum over the tokens; the label tokens of the whole accumulated batch, on all
+            devices. None divides by the label tokens of this call (by their weights, with a loss_mask).
+        shift_labels: ``(batch, sequence)``, aligned with the logits, in place of labels.
+        loss_mask: ``(batch, sequence)``, a weight of 0 or above for each token, aligned with the labels (with
+            shift_labels, if those are given). A token of weight 0 counts as ignored.
+        ignore_index: label of positions that do not count.
+        observer: called with logits and next tokens whenever gradients are enabled.
+
+    Returns:
+        A scalar (of the shape of num_items_in_batch if that is a tensor with dimensions); 0 with its graph if no
+        token counts.
+
+    Raises:
+        ValueError, TypeError: as `overtone.overtone_loss`, and for DTensor logits or a loss_mask of another shape,
+            with negative or non-finite weights.
+    """
+    config = _checked(config)
+    refuse_dtensor(logits)
+    if shift_labels is not None:
+        next_tokens = shift_labels
+    elif labels is not None:
+        next_tokens = _shifted(labels, ignore_index)
+    else:
+        raise ValueError("labels must be given: the loss needs the true tokens, got None (does the batch have labels?)")
+    next_tokens = next_tokens.to(logits.device)
+    weights = None
+    if loss_mask is not None:
+        _check_mask(loss_mask, next_tokens)
+        weights = (_shifted(loss_mask, 0) if shift_labels is None else loss_mask).to(logits.device)
+        next_tokens = next_tokens.masked_fill(weights == 0, ignore_index)
+    if observer is not None and torch.is_grad_enabled():
+        observer(logits.detach(), next_tokens)
+
+    settings = {**config.as_kwargs(), "ignore_index": ignore_index}
+    if weights is None:
+        if num_items_in_batch is None:
+            return overtone_loss(logits, next_tokens, **settings)
+        total = overtone_loss(logits, next_tokens, reduction="sum", **settings)
+    else:
+        total = (overtone_loss(logits, next_tokens, reduction="none", **settings) * weights).sum()
+        if num_items_in_batch is None:
+            num_items_in_batch = weights[next_tokens != ignore_index].sum()
+    return total / _or_one_if_zero(num_items_in_batch, total)
+
+
+def compute_loss_func(
+    config: OverToneConfig | None = None,
+    *,
+    router_aux_loss_coef: float | None = None,
+    observer: Observer | None = None,
+) -> Callable[..., Tensor]:
+    """A loss for ``Trainer(compute_loss_func=...)`` and ``SFTTrainer(compute_loss_func=...)``.
+
+    Args:
+        config: the settings of the loss; None for the defaults.
+        router_aux_loss_coef: weight of the auxiliary loss of a mixture-of-experts model, which the trainer leaves to
+            this function: ``model.config.router_aux_loss_coef``. Needed as soon as the model returns one.
+        observer: as for `causal_lm_loss`; ``TokenStatesCallback(...).observe``, say.
+
+    Returns:
+        ``(outputs, labels, num_items_in_batch=None) -> loss``, see `causal_lm_loss`. It raises a ValueError for
+        outputs without logits, of an encoder-decoder model, or with an auxiliary loss that has no weight.
+    """
+    config = _checked(config)
+
+    def overtone_compute_loss(
+        outputs: Any, labels: Tensor | None, num_items_in_batch: int | Tensor | None = None
+    ) -> Tensor:
+        named = outputs if isinstance(outputs, dict) else {"logits": outputs[0]}
+        logits = named.get("logits")
+        if logits is None:
+            raise ValueError(
+                "outputs must hold logits, got none: a fused loss (Liger's fused_linear_cross_entropy, TRL's "
+                "loss_type='chunked_nll') never builds them; pass use_liger_kernel=False and loss_type='nll'"
+            )
+        if named.get("encoder_last_hidden_state") is not None:
+            raise ValueError(
+                "outputs must come from a causal language model, got an encoder-decoder's, whose labels are not "
+                "shifted; call overtone.overtone_loss(outputs.logits, labels) in a loss function of your own"
+            )
+        loss = causal_lm_loss(logits, labels, config, num_items_in_batch=num_items_in_batch, observer=observer)
+        auxiliary: Tensor | None = named.get("aux_loss")
+        if auxiliary is None:
+            return loss
+        if router_aux_loss_coef is None:
+            raise ValueError(
+                "router_aux_loss_coef must be given: the model returns an auxiliary loss (aux_loss), and the trainer "
+                "leaves it to compute_loss_func; pass router_aux_loss_coef=model.config.router_aux_loss_coef, or 0"
+            )
+        return loss + router_aux_loss_coef * auxiliary.to(loss.device)
+
+    return overtone_compute_loss
+
+
+def refuse_dtensor(logits: Tensor) -> None:
+    """Raise a ValueError for logits that tensor parallelism has left spread over devices."""
+    if torch.distributed.is_available():
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(logits, DTensor):
+            raise ValueError(
+                f"logits must be a plain tensor, got a DTensor placed as {logits.placements}: the filter and the check "
+                "need every row whole; give the output layer a plan with output_layouts=Replicate() and "
+                "use_local_output=True, or pass logits.full_tensor()"
+            )
+
+
+def _checked(config: OverToneConfig | None) -> OverToneConfig:
+    if config is not None and not isinstance(config, OverToneConfig):
+        raise TypeError(f"config must be an OverToneConfig or None, got {type(config).__name__}: {config!r}")
+    return config or OverToneConfig()
+
+
+def _shifted(per_token: Tensor, fill: int) -> Tensor:
+    """The next position's value at each position: the labels move, so that the logits need not be cut and copied."""
+    return torch.nn.functional.pad(per_token[..., 1:], (0, 1), value=fill)
+
+
+def _check_mask(loss_mask: Tensor, next_tokens: Tensor) -> None:
+    if loss_mask.shape != next_tokens.shape:
+        raise ValueError(
+            f"loss_mask must have the shape of the labels {tuple(next_tokens.shape)}, got {tuple(loss_mask.shape)}"
+        )
+    if (loss_mask < 0).any() or not loss_mask.isfinite().all():
+        raise ValueError(
+            "loss_mask must hold finite weights of 0 or above: a settled token has no gradient to ascend on"
+        )
+
+
+def _or_one_if_zero(num_items: int | Tensor, total: Tensor) -> int | Tensor:
+    """What to divide a sum by; a batch in which no token counts is 0, not 0 / 0."""
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(total.device)
+        return torch.where(num_items == 0, 1, num_items)
+    return num_items or 1

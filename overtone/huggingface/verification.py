@@ -1,0 +1,162 @@
+"""Is the attached loss really the one that the model computes? Asked once when attaching, and in every training step.
+
+The question matters because the wrong answer is silent: transformers ignores an assignment on a wrapper, some forwards
+compute cross-entropy themselves, and fused kernels replace the forward after the fact.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_WAY_OUT = (
+    "pass compute_loss_func=overtone.huggingface.compute_loss_func(config) to the Trainer, or call "
+    "overtone.huggingface.causal_lm_loss(outputs.logits, labels) on the outputs of a forward without labels"
+)
+
+
+class _Calls:
+    """Whether an attached loss was called since a forward last ended: an attribute, which torch.compile can trace."""
+
+    pending = False
+
+
+_calls = _Calls()
+
+
+def find_causal_lm(model: nn.Module) -> Any:
+    """The outermost Hugging Face model within any wrappers: the one whose forward computes the loss."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a Hugging Face model or a wrapper around one, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise TypeError(
+        f"model must hold a transformers.PreTrainedModel, got {type(model).__name__} without one; "
+        "call overtone.overtone_loss(logits, labels) in its training loop"
+    )
+
+
+def refuse_unsupported_model(model: Any) -> None:
+    """Raise a ValueError for a model whose loss is not that of next-token prediction, or is fused into its forward."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    name = type(model).__name__
+    if PreTrainedModel.loss_function.fset is None:
+        raise ValueError(
+            f"model cannot be given a loss_function in transformers {transformers.__version__}: upgrade, or {_WAY_OUT}"
+        )
+    default = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
+    if "_loss_function" not in model.__dict__ and default is not ForCausalLMLoss:
+        raise ValueError(
+            f"model must be a causal language model, got {name}, whose loss is {default.__name__}; call "
+            "overtone.overtone_loss(logits, labels) on its logits, with labels aligned as that loss aligns them"
+        )
+    if culprit := _fused_by(model):
+        raise ValueError(f"model must compute its own loss, got {name} with {culprit}, which bypasses it; {_WAY_OUT}")
+
+
+def verify_loss_is_called(model: Any, *, inside: nn.Module) -> None:
+    """Raise a ValueError unless a forward of two tokens calls the model's loss_function; leave no trace of having run.
+
+    Sharded parameters (DTensor, FSDP, ZeRO) would need every rank, and parameters on the meta device are not there
+    yet: the guard in the first training step then stands in for this check.
+    """
+    if _is_sharded_or_unloaded(inside):
+        return
+    called = False
+
+    def probe(logits: Tensor, *_: Any, **__: Any) -> Tensor:
+        nonlocal called
+        called = True
+        return logits.new_zeros(())
+
+    device = model.get_input_embeddings().weight.device
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+    with _undisturbed(model), torch.no_grad():
+        model.loss_function = probe
+        try:
+            model(input_ids=tokens, labels=tokens)
+        except Exception as error:
+            raise ValueError(
+                f"model must take input_ids and labels, but {type(model).__name__} failed on two tokens "
+                f"({type(error).__name__}: {error}); {_WAY_OUT}"
+            ) from error
+    if not called:
+        raise ValueError(
+            f"model must compute its loss by self.loss_function, but the forward of {type(model).__name__} computes it "
+            f"another way, so that attaching would change nothing; {_WAY_OUT}"
+        )
+
+
+def note_call() -> None:
+    """Remember that the attached loss was called."""
+    _calls.pending = True
+
+
+def refuse_bypassed_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """A forward hook: raise a RuntimeError if a training step has computed its loss without the attached function."""
+    called, _calls.pending = _calls.pending, False
+    concerned = (
+        torch.is_grad_enabled() and kwargs.get("labels") is not None and getattr(output, "loss", None) is not None
+    )
+    # DataParallel runs its replicas in threads of one process, where the note of a call cannot be told apart.
+    if called or not concerned or getattr(model, "_is_replica", False):
+        return
+    culprit = _fused_by(model, kwargs) or "a forward that does not call self.loss_function"
+    raise RuntimeError(
+        f"the loss attached to {type(model).__name__} was bypassed by {culprit}; detach it and {_WAY_OUT}"
+    )
+
+
+def _fused_by(model: Any, kwargs: dict[str, Any] | None = None) -> str | None:
+    """The name of a fused loss in the model's forward, if there is one."""
+    if kwargs and "fused_lm_head" in kwargs:
+        return "TRL's fused LM head (SFTConfig loss_type 'nll', 'chunked_nll' and 'dft')"
+    forward = inspect.unwrap(model.forward)
+    # functools.wraps copies __module__, so the globals tell where a function was really written.
+    written_in = getattr(forward, "__globals__", {}).get("__name__", "")
+    if written_in.startswith("liger_kernel."):
+        return "Liger's fused_linear_cross_entropy (use_liger_kernel=True)"
+    if written_in.startswith("trl."):
+        return "TRL's loss_type='chunked_nll'"
+    return None
+
+
+def _is_sharded_or_unloaded(model: nn.Module) -> bool:
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.tensor import DTensor
+
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            return True
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            return True
+    return any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """Evaluation mode, then everything as it was: each module's mode, the loss, the random number generators."""
+    training = {module: module.training for module in model.modules()}
+    replaced = model.__dict__.get("_loss_function")
+    devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+            if replaced is None:
+                del model._loss_function
+            else:
+                model.loss_function = replaced

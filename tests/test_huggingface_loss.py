@@ -1,0 +1,193 @@
+"""The loss of a causal language model against transformers' own normalisation and the literal formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutput, MoeCausalLMOutputWithPast, Seq2SeqLMOutput
+
+from overtone import OverToneConfig
+from overtone.functional import reference_loss
+from overtone.huggingface import causal_lm_loss, compute_loss_func
+
+CROSS_ENTROPY = OverToneConfig(epsilon=0, lam=1)
+VOCABULARY = 11
+
+
+def logits_and_labels(batch: int = 3, length: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, length, VOCABULARY, generator=generator, dtype=torch.float64) * 3
+    labels = torch.randint(0, VOCABULARY, (batch, length), generator=generator)
+    labels[0, :3] = -100
+    return logits.requires_grad_(), labels
+
+
+class TestNormalisation:
+    """With epsilon 0 and lam 1 the loss is cross-entropy, so transformers' own function is the reference."""
+
+    @pytest.mark.parametrize(
+        "num_items",
+        [None, 7, torch.tensor(7), torch.tensor([7]), torch.tensor([7, 5]), torch.tensor(3.5)],
+        ids=["none", "int", "0-d", "1-d", "1-d of two", "fraction"],
+    )
+    @pytest.mark.parametrize("shifted", [False, True])
+    def test_value_gradient_and_shape_are_those_of_transformers(self, num_items, shifted):
+        """Every kind of num_items_in_batch, with labels and with shift_labels."""
+        logits, labels = logits_and_labels()
+        given = {"labels": None, "shift_labels": labels} if shifted else {"labels": labels}
+        ours = causal_lm_loss(logits, config=CROSS_ENTROPY, num_items_in_batch=num_items, **given)
+        (gradient,) = torch.autograd.grad(ours.sum(), logits)
+        theirs = ForCausalLMLoss(logits, vocab_size=VOCABULARY, num_items_in_batch=num_items, **given)
+        (expected,) = torch.autograd.grad(theirs.sum(), logits)
+        assert ours.shape == theirs.shape
+        # transformers computes in float32.
+        torch.testing.assert_close(ours.float(), theirs, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+    def test_matches_the_literal_loss_on_the_shifted_tokens(self):
+        """Position t is judged by the logits at t - 1, the last logits by nothing."""
+        logits, labels = logits_and_labels()
+        expected = reference_loss(logits[:, :-1], labels[:, 1:])
+        torch.testing.assert_close(causal_lm_loss(logits, labels), expected)
+
+    @pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0), torch.tensor([0])])
+    def test_no_token_is_zero_with_its_graph(self, num_items):
+        """A batch in which everything is ignored gives 0 and a zero gradient, where transformers gives NaN."""
+        logits, labels = logits_and_labels()
+        loss = causal_lm_loss(logits, torch.full_like(labels, -100), num_items_in_batch=num_items)
+        loss.sum().backward()
+        assert loss.sum() == 0
+        assert (logits.grad == 0).all()
+
+    def test_micro_batches_add_up_to_the_batch(self):
+        """Ragged micro-batches, one of them all ignored, divided by the whole batch's tokens, give its gradient."""
+        logits, labels = logits_and_labels(batch=4)
+        labels[2] = -100
+        (expected,) = torch.autograd.grad(causal_lm_loss(logits, labels), logits)
+        items = labels[:, 1:].ne(-100).sum()
+        for row in range(4):
+            part = slice(row, row + 1)
+            causal_lm_loss(logits[part], labels[part], num_items_in_batch=items).backward()
+        torch.testing.assert_close(logits.grad, expected, rtol=1e-12, atol=1e-12)
+
+    def test_held_loss_can_be_scaled_in_place(self):
+        """Trainer multiplies the loss in place by the number of processes, a held one as well."""
+        logits, labels = logits_and_labels()
+        config = OverToneConfig(epsilon=100, hold_settled=True)
+        for items in (None, 7):
+            loss = causal_lm_loss(logits, labels, config, num_items_in_batch=items)
+            loss *= 2
+            loss.backward()
+        assert logits.grad is None
+
+    def test_logits_are_not_copied(self):
+        """The labels are shifted, not the logits: what the loss keeps for its backward is the caller's own tensor."""
+        logits, labels = logits_and_labels()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda x: x):
+            causal_lm_loss(logits, labels)
+        large = [tensor for tensor in saved if tensor.numel() >= logits.numel() // 2]
+        assert large
+        assert all(tensor.data_ptr() == logits.data_ptr() for tensor in large)
+
+
+class TestLossMask:
+    def test_a_mask_of_zeros_and_ones_is_ignoring(self):
+        """Weight 0 is the same as ignore_index, in value, gradient and normalisation."""
+        logits, labels = logits_and_labels()
+        mask = torch.rand(labels.shape, generator=torch.Generator().manual_seed(2)) > 0.5
+        (expected,) = torch.autograd.grad(causal_lm_loss(logits, labels.masked_fill(~mask, -100)), logits)
+        for kind in (torch.bool, torch.int64, torch.float32):
+            (gradient,) = torch.autograd.grad(causal_lm_loss(logits, labels, loss_mask=mask.to(kind)), logits)
+            torch.testing.assert_close(gradient, expected)
+
+    def test_weights_weigh_each_token(self):
+        """The weighted mean of the token losses, or their weighted sum over num_items_in_batch."""
+        logits, labels = logits_and_labels()
+        weights = torch.rand(labels.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        tokens = reference_loss(logits[:, :-1], labels[:, 1:], reduction="none")
+        total = (tokens * weights[:, 1:]).sum()
+        counted = weights[:, 1:][labels[:, 1:] != -100].sum()
+        torch.testing.assert_close(causal_lm_loss(logits, labels, loss_mask=weights), total / counted)
+        torch.testing.assert_close(
+            causal_lm_loss(logits, labels, loss_mask=weights, num_items_in_batch=5), total / 5
+        )
+
+    def test_shift_labels_take_a_mask_aligned_with_them(self):
+        """The mask is shifted exactly when the labels are."""
+        logits, labels = logits_and_labels()
+        weights = torch.rand(labels.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        shift = lambda values, fill: torch.nn.functional.pad(values[:, 1:], (0, 1), value=fill)  # noqa: E731
+        torch.testing.assert_close(
+            causal_lm_loss(logits, None, shift_labels=shift(labels, -100), loss_mask=shift(weights, 0)),
+            causal_lm_loss(logits, labels, loss_mask=weights),
+        )
+
+    def test_masked_tokens_do_not_keep_a_step_from_being_held(self):
+        """Only the tokens that count decide on the hold."""
+        logits, labels = logits_and_labels()
+        best = logits.argmax(dim=-1)
+        labels = torch.nn.functional.pad(best[:, :-1], (1, 0), value=-100)
+        labels[:, 3] = (labels[:, 3] + 1) % VOCABULARY
+        mask = torch.ones_like(labels)
+        mask[:, 3] = 0
+        config = OverToneConfig(epsilon=1.5, hold_settled=True)
+        causal_lm_loss(logits, labels, config, loss_mask=mask).backward()
+        assert logits.grad is None
+
+    @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+    def test_weights_that_make_no_sense_are_refused(self, weight):
+        """Ascent on a clipped loss does nothing, so a negative weight is a mistake."""
+        logits, labels = logits_and_labels()
+        with pytest.raises(ValueError, match="loss_mask"):
+            causal_lm_loss(logits, labels, loss_mask=torch.full(labels.shape, weight))
+
+    def test_another_shape_is_refused(self):
+        """No broadcasting: a mask for each sequence is not a mask for each token."""
+        logits, labels = logits_and_labels()
+        with pytest.raises(ValueError, match=r"loss_mask must have the shape of the labels \(3, 6\), got \(3, 1\)"):
+            causal_lm_loss(logits, labels, loss_mask=torch.ones(3, 1))
+
+
+class TestComputeLossFunc:
+    def test_takes_model_outputs_dicts_and_tuples(self):
+        """Whatever a Trainer hands over, the loss is that of its logits."""
+        logits, labels = logits_and_labels()
+        expected = causal_lm_loss(logits, labels, num_items_in_batch=7)
+        compute = compute_loss_func()
+        for outputs in (CausalLMOutput(logits=logits), {"logits": logits}, (logits,)):
+            assert compute(outputs, labels, num_items_in_batch=7) == expected
+
+    def test_outputs_without_logits_are_refused_by_name(self):
+        """A fused loss that never builds the logits cannot be replaced afterwards."""
+        with pytest.raises(ValueError, match=r"Liger's fused_linear_cross_entropy, TRL's loss_type='chunked_nll'"):
+            compute_loss_func()(CausalLMOutput(loss=torch.tensor(1.0)), torch.zeros(1, 2, dtype=torch.long))
+
+    def test_missing_labels_are_refused(self):
+        """Trainer calls the function with labels=None when the batch has none."""
+        logits, _ = logits_and_labels()
+        with pytest.raises(ValueError, match="labels must be given"):
+            compute_loss_func()(CausalLMOutput(logits=logits), None)
+
+    def test_encoder_decoders_are_refused(self):
+        """Their labels are not shifted."""
+        logits, labels = logits_and_labels()
+        outputs = Seq2SeqLMOutput(logits=logits, encoder_last_hidden_state=torch.zeros(1))
+        with pytest.raises(ValueError, match="encoder-decoder"):
+            compute_loss_func()(outputs, labels)
+
+    def test_auxiliary_loss_is_added_and_never_dropped(self):
+        """A mixture of experts keeps its load balancing; without its weight the call is refused."""
+        logits, labels = logits_and_labels()
+        outputs = MoeCausalLMOutputWithPast(logits=logits, aux_loss=torch.tensor(3.0))
+        loss = compute_loss_func(router_aux_loss_coef=0.5)(outputs, labels)
+        torch.testing.assert_close(loss, causal_lm_loss(logits, labels) + 1.5)
+        with pytest.raises(ValueError, match="router_aux_loss_coef must be given"):
+            compute_loss_func()(outputs, labels)
+
+    @pytest.mark.parametrize("make", [compute_loss_func, lambda config: causal_lm_loss(*logits_and_labels(), config)])
+    def test_a_config_of_another_type_is_refused(self, make):
+        """Before anything is computed."""
+        with pytest.raises(TypeError, match="config must be an OverToneConfig or None, got dict"):
+            make({"epsilon": 0.1})
