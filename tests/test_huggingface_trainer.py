@@ -1,0 +1,392 @@
+"""Trainer and SFTTrainer: accumulation gives the gradient of the whole batch, the callback logs and stops."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from overtone import OverToneConfig, token_states
+from overtone.functional import reference_loss
+from overtone.huggingface import TokenStatesCallback, attach, causal_lm_loss, compute_loss_func
+
+HELD = OverToneConfig(epsilon=50.0, hold_settled=True)
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first optimiser step, before clipping would change them."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, torch.Tensor | None] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.values[name] = None if parameter.grad is None else parameter.grad.clone()
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 1,
+        "max_steps": 1,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "train_sampling_strategy": "sequential",
+    }
+    known = TrainingArguments.__dataclass_fields__
+    return TrainingArguments(**{name: value for name, value in {**settings, **changes}.items() if name in known})
+
+
+def rows(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    return [{name: values[row] for name, values in batch.items()} for row in range(len(batch["labels"]))]
+
+
+def batch_with_an_ignored_row(model: Any) -> dict[str, torch.Tensor]:
+    batch = tiny_models.ragged_batch(model, lengths=(9, 5, 7, 3))
+    batch["labels"][1] = -100
+    return batch
+
+
+def gradients_of(loss: torch.Tensor, model: Any) -> dict[str, torch.Tensor]:
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+def trained_gradients(model: Any, args: TrainingArguments, batch: dict[str, torch.Tensor], **given: Any) -> Any:
+    recorder = Gradients()
+    trainer = Trainer(model=model, args=args, train_dataset=rows(batch), callbacks=[recorder], **given)
+    trainer.train()
+    return recorder.values
+
+
+class TestAccumulation:
+    @pytest.mark.parametrize("way", ["attach", "compute_loss_func", "attach to peft"])
+    @pytest.mark.parametrize("micro_batch", [1, 2, 4])
+    def test_micro_batches_give_the_gradient_of_one_batch(self, way, micro_batch, tmp_path):
+        """Ragged rows, one of them all ignored, split in every way: the gradient of the literal loss to 1e-6."""
+        model = tiny_models.build(sharpness=3)
+        batch = batch_with_an_ignored_row(model)
+        if way == "attach to peft":
+            model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        expected = gradients_of(reference_loss(outputs.logits[:, :-1], batch["labels"][:, 1:]), model)
+
+        args = arguments(tmp_path, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=4 // micro_batch)
+        if way == "compute_loss_func":
+            gradients = trained_gradients(model, args, batch, compute_loss_func=compute_loss_func())
+        else:
+            with attach(model):
+                gradients = trained_gradients(model, args, batch)
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            scale = expected[name].abs().max().clamp(min=1)
+            torch.testing.assert_close(gradient / scale, expected[name] / scale, rtol=0, atol=1e-6)
+
+    def test_auxiliary_loss_of_a_mixture_of_experts_stays(self, tmp_path):
+        """Both ways of using the loss train with the model's own auxiliary loss."""
+        gradients = {}
+        for way in ("attach", "compute_loss_func"):
+            model = tiny_models.build("mixtral", sharpness=3)
+            batch = batch_with_an_ignored_row(model)
+            args = arguments(tmp_path, per_device_train_batch_size=4)
+            if way == "attach":
+                with attach(model):
+                    gradients[way] = trained_gradients(model, args, batch)
+            else:
+                compute = compute_loss_func(router_aux_loss_coef=model.config.router_aux_loss_coef)
+                gradients[way] = trained_gradients(model, args, batch, compute_loss_func=compute)
+        outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        for name, gradient in gradients["attach"].items():
+            torch.testing.assert_close(gradient, gradients["compute_loss_func"][name], rtol=1e-5, atol=1e-6)
+        assert outputs.aux_loss > 0
+
+    def test_mixture_of_experts_without_its_weight_is_refused(self, tmp_path):
+        """Trainer leaves the auxiliary loss to the function, which does not drop it."""
+        model = tiny_models.build("mixtral")
+        with pytest.raises(ValueError, match="router_aux_loss_coef must be given"):
+            trained_gradients(
+                model, arguments(tmp_path), tiny_models.ragged_batch(model), compute_loss_func=compute_loss_func()
+            )
+
+    def test_held_steps_leave_the_model_bit_for_bit(self, tmp_path):
+        """AdamW with weight decay moves nothing, since no parameter has a gradient."""
+        model = tiny_models.build()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        args = arguments(tmp_path, max_steps=3, weight_decay=0.1, gradient_accumulation_steps=2, max_grad_norm=1.0)
+        gradients = trained_gradients(
+            model, args, tiny_models.ragged_batch(model), compute_loss_func=compute_loss_func(HELD)
+        )
+        assert set(gradients.values()) == {None}
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[name])
+
+    def test_without_the_hold_the_same_steps_move_it(self, tmp_path):
+        """The control: zeros are gradients to AdamW."""
+        model = tiny_models.build()
+        before = model.lm_head.weight.clone()
+        config = OverToneConfig(epsilon=50.0)
+        args = arguments(tmp_path, max_steps=1, weight_decay=0.1)
+        trained_gradients(model, args, tiny_models.ragged_batch(model), compute_loss_func=compute_loss_func(config))
+        assert not torch.equal(model.lm_head.weight, before)
+
+    def test_evaluation_uses_the_loss(self, tmp_path):
+        """eval_loss is the attached loss, on the whole evaluation set."""
+        model = tiny_models.build()
+        batch = tiny_models.ragged_batch(model)
+        with attach(model, OverToneConfig(epsilon=50.0)):
+            args = arguments(tmp_path, per_device_eval_batch_size=3)
+            metrics = Trainer(model=model, args=args, eval_dataset=rows(batch)).evaluate()
+        assert metrics["eval_loss"] == pytest.approx(50)
+
+
+class Recorder(TrainerCallback):
+    """What a reporter such as TensorBoard would be given."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        self.logs.append(dict(logs or {}))
+
+
+class TestTokenStatesCallback:
+    NAMES = ("share_settled", "share_mixed", "mean_kl", "accuracy")
+
+    @pytest.mark.parametrize("way", ["attach", "compute_loss_func"])
+    def test_logs_the_states_where_trainer_logs_its_loss(self, way, tmp_path):
+        """Averages over the tokens of all micro-batches of the step, in the history and for later reporters."""
+        config = OverToneConfig(epsilon=0.5)
+        model = tiny_models.build()
+        batch = batch_with_an_ignored_row(model)
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        states = token_states(logits[:, :-1], batch["labels"][:, 1:], config)
+        tokens = states.counted.sum()
+        expected = [field.sum() / tokens for field in (states.settled, states.mixed, states.kl, states.correct)]
+        assert 0 < expected[0] < 1
+        assert 0 < expected[1] < 1
+
+        callback, recorder = TokenStatesCallback(config), Recorder()
+        given: dict[str, Any] = {}
+        if way == "attach":
+            attach(model, config, observer=callback.observe)
+        else:
+            given["compute_loss_func"] = compute_loss_func(config, observer=callback.observe)
+        args = arguments(tmp_path, gradient_accumulation_steps=4)
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=rows(batch),
+            eval_dataset=rows(batch),
+            callbacks=[callback, recorder],
+            **given,
+        )
+        trainer.train()
+        trainer.evaluate()
+        for logs in (trainer.state.log_history[0], recorder.logs[0]):
+            assert "loss" in logs
+            assert [logs[name] for name in self.NAMES] == pytest.approx([value.item() for value in expected])
+        for logs in recorder.logs[1:]:
+            assert not set(self.NAMES) & set(logs)
+
+    def test_averages_over_the_steps_between_logs(self, tmp_path):
+        """As Trainer's loss does."""
+        model = tiny_models.build()
+        batch = tiny_models.ragged_batch(model)
+        config = OverToneConfig(epsilon=0.5)
+        callback = TokenStatesCallback(config)
+        args = arguments(tmp_path, max_steps=3, logging_steps=3, learning_rate=0.0)
+        compute = compute_loss_func(config, observer=callback.observe)
+        trainer = Trainer(
+            model=model, args=args, train_dataset=rows(batch), compute_loss_func=compute, callbacks=[callback]
+        )
+        trainer.train()
+        states = token_states(model(input_ids=batch["input_ids"]).logits[:, :-1], batch["labels"][:, 1:], config)
+        logged = trainer.state.log_history[0]
+        assert logged["accuracy"] == pytest.approx((states.correct.sum() / states.counted.sum()).item())
+
+    @pytest.mark.parametrize("hold_settled", [False, True, 100.0])
+    def test_stops_when_the_batch_has_been_held(self, hold_settled, tmp_path):
+        """After the given number of held steps in a row, with or without the hold in the loss itself."""
+        config = OverToneConfig(epsilon=50.0, hold_settled=hold_settled)
+        model = tiny_models.build()
+        batch = tiny_models.ragged_batch(model)
+        callback = TokenStatesCallback(config, stop_after_held=3)
+        compute = compute_loss_func(config, observer=callback.observe)
+        args = arguments(tmp_path, max_steps=9)
+        trainer = Trainer(
+            model=model, args=args, train_dataset=rows(batch), compute_loss_func=compute, callbacks=[callback]
+        )
+        trainer.train()
+        assert trainer.state.global_step == 3
+        trainer.train()
+        assert trainer.state.global_step == 3
+
+    @pytest.mark.parametrize("hold_settled", [True, 1e-6])
+    def test_does_not_stop_while_there_is_something_to_learn(self, hold_settled, tmp_path):
+        """One token that is not settled is enough."""
+        config = OverToneConfig(epsilon=1e-6, hold_settled=hold_settled)
+        model = tiny_models.build()
+        callback = TokenStatesCallback(config, stop_after_held=1)
+        compute = compute_loss_func(config, observer=callback.observe)
+        args = arguments(tmp_path, max_steps=4, learning_rate=0.0)
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=rows(tiny_models.ragged_batch(model)),
+            compute_loss_func=compute,
+            callbacks=[callback],
+        )
+        trainer.train()
+        assert trainer.state.global_step == 4
+
+    @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
+    def test_a_number_of_steps_that_is_none_is_refused(self, value, error):
+        """By name."""
+        with pytest.raises(error, match="stop_after_held"):
+            TokenStatesCallback(stop_after_held=value)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<eos>": 2, "<unk>": 1, **{f"w{index}": index for index in range(3, tiny_models.VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+class TestSFTTrainer:
+    TEXTS = (
+        {"prompt": "w3 w4 w5", "completion": " w6 w7"},
+        {"prompt": "w8", "completion": " w9 w10 w11 w12"},
+        {"prompt": "w13 w14", "completion": " w15"},
+    )
+
+    def config(self, folder: Path, **changes: Any) -> SFTConfig:
+        settings = {
+            "output_dir": str(folder),
+            "per_device_train_batch_size": 3,
+            "max_steps": 1,
+            "max_grad_norm": 0,
+            "learning_rate": 0.05,
+            "report_to": "none",
+            "save_strategy": "no",
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+        }
+        return SFTConfig(**{**settings, **changes})
+
+    def gradients(self, model: Any, config: SFTConfig, **given: Any) -> tuple[Any, Any]:
+        recorder = Gradients()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            trainer = SFTTrainer(
+                model=model,
+                args=config,
+                train_dataset=Dataset.from_list(list(self.TEXTS)),
+                processing_class=word_tokenizer(),
+                callbacks=[recorder],
+                **given,
+            )
+            trainer.train()
+        return recorder.values, trainer
+
+    @pytest.mark.parametrize("accumulation", [1, 3])
+    def test_the_recipe_gives_the_literal_gradient(self, accumulation, tmp_path):
+        """compute_loss_func on the completion tokens, whole batch or one row at a time, to 1e-6."""
+        model = tiny_models.build(sharpness=3)
+        tokenizer = word_tokenizer()
+        loss_tokens = 0
+        total = torch.zeros(())
+        for text in self.TEXTS:
+            prompt, completion = (tokenizer(text[part])["input_ids"] for part in ("prompt", "completion"))
+            ids = torch.tensor([prompt + completion + [tokenizer.eos_token_id]])
+            labels = ids.clone()
+            labels[:, : len(prompt)] = -100
+            total = total + reference_loss(model(input_ids=ids).logits[:, :-1], labels[:, 1:], reduction="sum")
+            loss_tokens += int(labels[:, 1:].ne(-100).sum())
+        expected = gradients_of(total / loss_tokens, model)
+        config = self.config(
+            tmp_path, per_device_train_batch_size=3 // accumulation, gradient_accumulation_steps=accumulation
+        )
+        gradients, _ = self.gradients(model, config, compute_loss_func=compute_loss_func())
+        for name, gradient in gradients.items():
+            scale = expected[name].abs().max().clamp(min=1)
+            torch.testing.assert_close(gradient / scale, expected[name] / scale, rtol=0, atol=1e-6)
+
+    def test_an_attached_model_alone_is_refused_by_name(self, tmp_path):
+        """SFTTrainer's fused head would bypass it without a word."""
+        model = tiny_models.build()
+        attach(model)
+        with pytest.raises(RuntimeError, match="bypassed by TRL's fused LM head.*compute_loss_func"):
+            self.gradients(model, self.config(tmp_path))
+
+    def test_chunked_nll_with_the_function_still_trains_on_it(self, tmp_path):
+        """Where TRL gives the logits all the same, the loss is the function's, and never a silent other one."""
+        model = tiny_models.build()
+        _, trainer = self.gradients(
+            model,
+            self.config(tmp_path, loss_type="chunked_nll", logging_steps=1),
+            compute_loss_func=compute_loss_func(OverToneConfig(epsilon=50.0)),
+        )
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(50)
+
+    def test_the_callback_logs_here_as_well(self, tmp_path):
+        """The metrics forward without gradients is not counted twice."""
+        model = tiny_models.build()
+        callback = TokenStatesCallback(OverToneConfig(epsilon=50.0), stop_after_held=2)
+        compute = compute_loss_func(callback.config, observer=callback.observe)
+        trainer = SFTTrainer(
+            model=model,
+            args=self.config(tmp_path, max_steps=5, logging_steps=1),
+            train_dataset=Dataset.from_list(list(self.TEXTS)),
+            processing_class=word_tokenizer(),
+            compute_loss_func=compute,
+            callbacks=[callback],
+        )
+        trainer.train()
+        assert trainer.state.global_step == 2
+        assert trainer.state.log_history[0]["share_settled"] == 1
+
+    def test_aux_loss_of_a_mixture_of_experts(self, tmp_path):
+        """With SFTTrainer too, the function is the one that adds it."""
+        model = tiny_models.build("mixtral")
+        with pytest.raises(ValueError, match="router_aux_loss_coef must be given"):
+            self.gradients(model, self.config(tmp_path), compute_loss_func=compute_loss_func())
+
+
+class TestLossMaskInTraining:
+    def test_a_mask_column_reaches_an_attached_model(self, tmp_path):
+        """With remove_unused_columns=False the Trainer passes loss_mask on to the forward."""
+        model = tiny_models.build(sharpness=3)
+        batch = tiny_models.ragged_batch(model)
+        mask = (torch.rand(batch["labels"].shape, generator=torch.Generator().manual_seed(0)) > 0.4).float()
+        outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        items = batch["labels"][:, 1:].ne(-100).sum()
+        loss = causal_lm_loss(outputs.logits, batch["labels"], loss_mask=mask, num_items_in_batch=items)
+        expected = gradients_of(loss, model)
+        with attach(model):
+            args = arguments(tmp_path, gradient_accumulation_steps=3, remove_unused_columns=False)
+            gradients = trained_gradients(model, args, {**batch, "loss_mask": mask})
+        for name, gradient in gradients.items():
+            scale = expected[name].abs().max().clamp(min=1)
+            torch.testing.assert_close(gradient / scale, expected[name] / scale, rtol=0, atol=1e-6)
