@@ -1,4 +1,4 @@
-"""attach and detach: found through every wrapper, really called, taken off exactly, refused where it would be ignored."""
+"""attach and detach: found through every wrapper, really called, taken off exactly, refused where ignored."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class TestVerification:
                 raise KeyError("pixel_values")
 
         picky = Picky(model.config).train()
-        with pytest.raises(ValueError, match="Picky failed on two tokens .KeyError: 'pixel_values'"):
+        with pytest.raises(ValueError, match=r"Picky failed on two tokens .KeyError: 'pixel_values'"):
             attach(picky)
         assert picky.training
         assert "_loss_function" not in picky.__dict__
@@ -227,7 +227,7 @@ class TestBypass:
         return namespace["lce_forward"]
 
     def test_ligers_fused_loss_is_refused_by_name(self, model):
-        """It computes the logits' loss without the logits, in training only, so the check in eval mode cannot see it."""
+        """It never builds the logits, and only in training, so the check in evaluation mode cannot see it."""
         model.forward = self.liger_forward().__get__(model)
         with pytest.raises(ValueError, match="Liger's fused_linear_cross_entropy"):
             attach(model)
@@ -238,7 +238,9 @@ class TestBypass:
             model.forward = self.liger_forward().__get__(model)
             with torch.no_grad():
                 model(**batch)
-            with pytest.raises(RuntimeError, match=r"bypassed by Liger's fused_linear_cross_entropy.*compute_loss_func"):
+            with pytest.raises(
+                RuntimeError, match=r"bypassed by Liger's fused_linear_cross_entropy.*compute_loss_func"
+            ):
                 model(**batch)
 
     def test_trls_fused_head_is_refused_by_name(self, model, batch):
@@ -248,7 +250,7 @@ class TestBypass:
         with attach(model):
             add_fused_lm_head(model)
             assert loss_of(model, batch) > 0
-            with pytest.raises(RuntimeError, match="bypassed by TRL's fused LM head .*'chunked_nll'"):
+            with pytest.raises(RuntimeError, match=r"bypassed by TRL's fused LM head .*'chunked_nll'"):
                 model(**batch, fused_lm_head=True)
 
     def test_a_replaced_forward_is_refused(self, model, batch):
@@ -262,7 +264,7 @@ class TestBypass:
                 return outputs
 
             model.forward = own_loss
-            with pytest.raises(RuntimeError, match="bypassed by a forward that does not call self.loss_function"):
+            with pytest.raises(RuntimeError, match=r"bypassed by a forward that does not call self.loss_function"):
                 model(**batch)
 
     def test_dtensor_logits_are_refused_with_the_reason(self):

@@ -1,4 +1,4 @@
-"""The same loss on the same tokens: precision, checkpointing, compilation, padding and packing, on real architectures."""
+"""The same loss on the same tokens: precision, checkpointing, compilation, padding, packing; real architectures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def reference(outputs: Any, labels: torch.Tensor, reduction: Any = "mean") -> to
 
 
 def gradients(loss: torch.Tensor, model: Any) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(loss, [parameter for parameter in model.parameters()]))
+    return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
 @architectures

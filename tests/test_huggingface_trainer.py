@@ -87,7 +87,9 @@ class TestAccumulation:
         outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         expected = gradients_of(reference_loss(outputs.logits[:, :-1], batch["labels"][:, 1:]), model)
 
-        args = arguments(tmp_path, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=4 // micro_batch)
+        args = arguments(
+            tmp_path, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=4 // micro_batch
+        )
         if way == "compute_loss_func":
             gradients = trained_gradients(model, args, batch, compute_loss_func=compute_loss_func())
         else:
@@ -256,7 +258,9 @@ class TestTokenStatesCallback:
         trainer.train()
         assert trainer.state.global_step == 4
 
-    @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
+    @pytest.mark.parametrize(
+        ("value", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)]
+    )
     def test_a_number_of_steps_that_is_none_is_refused(self, value, error):
         """By name."""
         with pytest.raises(error, match="stop_after_held"):
@@ -337,7 +341,7 @@ class TestSFTTrainer:
         """SFTTrainer's fused head would bypass it without a word."""
         model = tiny_models.build()
         attach(model)
-        with pytest.raises(RuntimeError, match="bypassed by TRL's fused LM head.*compute_loss_func"):
+        with pytest.raises(RuntimeError, match=r"bypassed by TRL's fused LM head.*compute_loss_func"):
             self.gradients(model, self.config(tmp_path))
 
     def test_chunked_nll_with_the_function_still_trains_on_it(self, tmp_path):
