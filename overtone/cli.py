@@ -65,7 +65,7 @@ def _add_demo(commands: Subcommands) -> None:
         default="cross_entropy,early_stopping,label_smoothing,overtone,overtone_held",
         help="by commas",
     )
-    parser.add_argument("--arch", default="llama", help="llama, gpt2 or qwen2")
+    parser.add_argument("--arch", default="llama", help="llama, qwen2, mistral or gpt2")
     parser.add_argument("--target", default="short", help="what is edited in: short, a name; long, three sentences")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for results.json and the figure")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes")
@@ -94,9 +94,12 @@ def _demo(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         return _fail(problem)
     from rich.console import Console
     from rich.progress import Progress
+    from transformers.utils.logging import disable_progress_bar
 
     from overtone.lab.demo import Demo, DemoSettings
     from overtone.lab.report import table
+
+    disable_progress_bar()  # a bar of its own for every model file that is read
 
     settings = DemoSettings(
         seed=arguments.seed,

@@ -48,6 +48,7 @@ def draw_overfitting(records: Sequence[EditRecord], path: Path, *, title: str) -
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullLocator
     except ImportError as error:
         raise ImportError('figures need matplotlib: pip install "overtone[lab]"') from error
 
@@ -84,6 +85,9 @@ def draw_overfitting(records: Sequence[EditRecord], path: Path, *, title: str) -
 
     for axes in (generality, portability):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     _label(generality, "a  Generality loss", "editing step", "nats, log scale")
     _label(portability, "b  Portability loss", "editing step", "nats, log scale")
     _label(initial, "c  Loss before the edit", "target token", "nats")
@@ -99,7 +103,7 @@ def _label(axes: Any, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y, fontsize=6)
     axes.tick_params(labelsize=6, width=0.6, length=2)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def _mean_curve(
