@@ -9,8 +9,9 @@ from torch import Tensor
 
 from overtone.contract import check_labels, check_tensors, flatten_tokens, working_dtype
 from overtone.functional import ground_truth_check, mix_target, top_n_sigma_filter
-from overtone.fused import BLOCK_ELEMENTS, overtone_loss
+from overtone.fused import overtone_loss
 from overtone.loss import OverToneConfig
+from overtone.rows import BLOCK_ELEMENTS
 
 __all__ = ["TokenStates", "token_states"]
 

@@ -1,21 +1,6 @@
-"""The same loss in closed form: a few sums a row, no target tensor, one gradient buffer.
-
-With S the kept set of the top-n-sigma filter, p = softmax(s), Z = sum of p over S and q_y = p_y / Z (0 if y is not in
-S), the target has t_y = lam + (1 - lam) q_y and
-
-    KL(target || p) = (1 - lam) (1 - q_y) log((1 - lam) / Z) + t_y log(t_y / p_y)
-    dKL/ds          = p * (1 - (1 - lam) / Z * [k in S]) - lam * onehot(y)
-
-where the ground-truth check passed; elsewhere the target is onehot(y), so KL = -log p_y and dKL/ds = p - onehot(y).
-Rows are worked through in blocks that stay in the processor's cache. Differences of nearly equal numbers (p_y - 1,
-1 - (1 - lam) / Z) are rewritten as sums over the other tokens, so that confident rows keep their digits.
-"""
+"""The loss on logits: the closed form as an operator of its own, which autograd and torch.compile know."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Iterator
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,20 +8,15 @@ from torch import Tensor
 from overtone.contract import (
     Reduction,
     check_hyperparameters,
-    check_labels,
     check_tensors,
     flatten_tokens,
     reduce_tokens,
     working_dtype,
 )
-from overtone.functional import build_target, clipped_kl, finite_std
 from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
+from overtone.rows import TargetSettings, row_gradient, row_kl
 
 __all__ = ["overtone_loss"]
-
-BLOCK_ELEMENTS = 2**19
-
-Rows: TypeAlias = slice | Tensor
 
 
 def overtone_loss(
@@ -109,97 +89,7 @@ def _token_kl(
     check: bool,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """KL(target || softmax(logits)) of each row, and what its gradient needs.
-
-    Returns:
-        kl ``(N,)``, 0 where ignored; coefficients ``(4, N)``: log of the normaliser, smallest kept logit (exclusive),
-        factor of a kept token's probability in the gradient, gradient of the true token's logit.
-    """
-    rows_total, vocabulary = logits.shape
-    dtype = working_dtype(logits)
-    kl = torch.zeros(rows_total, dtype=dtype, device=logits.device)
-    coefficients = torch.zeros(4, rows_total, dtype=dtype, device=logits.device)
-    if logits.device.type == "cpu":
-        check_labels(labels, vocabulary, ignore_index)
-    with torch.autocast(logits.device.type, enabled=False):
-        workspace = _workspace(logits)
-        for rows in _blocks(labels != ignore_index, vocabulary):
-            scores = _load(logits, rows, workspace[0])
-            index = labels[rows].unsqueeze(1)
-            if reference_logits is None:
-                kl[rows], coefficients[:, rows] = _block_kl(scores, index, n_sigma, lam, check, workspace)
-            else:
-                target = build_target(reference_logits[rows].to(dtype), labels[rows], n_sigma, lam, check)
-                kl[rows] = clipped_kl(target, scores, epsilon=0)
-    return kl, coefficients
-
-
-def _block_kl(
-    scores: Tensor, index: Tensor, n_sigma: float | None, lam: float, check: bool, workspace: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`_token_kl` for rows that fit in the cache: scores ``(B, V)``, index ``(B, 1)``."""
-    work, kept_mask = workspace[1, : len(scores)], workspace[2, : len(scores)]
-    top = scores.amax(dim=1, keepdim=True)
-    label_score = scores.gather(1, index)
-    if n_sigma is None:
-        threshold = torch.full_like(top, float("-inf"))
-    else:
-        below_top = torch.nextafter(top, torch.full_like(top, float("-inf")))
-        threshold = torch.minimum(top - n_sigma * _row_std(scores, work), below_top)
-
-    weights = torch.sub(scores, top, out=work).exp_()
-    label_weight = weights.gather(1, index)
-    others = weights.scatter_(1, index, 0)
-    rest = others.sum(dim=1, keepdim=True)
-    if n_sigma is None:
-        kept_rest = rest
-    else:
-        torch.gt(scores, threshold, out=kept_mask)
-        kept_rest = torch.linalg.vecdot(others, kept_mask).unsqueeze(1)
-
-    total = rest + label_weight
-    log_total = torch.log1p(rest + (label_weight - 1))
-    label_log_prob = label_score - top - log_total
-    label_kept = label_score > threshold
-    kept = kept_rest + torch.where(label_kept, label_weight, 0)
-    dropped_share = ((rest - kept_rest) + torch.where(label_kept, 0, label_weight)) / total
-    kept_share = kept / total
-    label_filtered = torch.where(label_kept, label_weight, 0) / kept
-    label_target = lam + (1 - lam) * label_filtered
-
-    if check:
-        # The rival of a label on top is the runner-up; lam alone decides against it unless lam is lost in rounding.
-        runner_up = others.amax(dim=1, keepdim=True) if lam < torch.finfo(scores.dtype).eps else torch.zeros_like(top)
-        rival = torch.where(label_score < top, 1, runner_up) / kept
-        passed = label_target > (1 - lam) * rival
-    else:
-        passed = torch.ones_like(label_kept)
-
-    own_part = torch.where(label_target > 0, label_target * (label_target.log() - label_log_prob), 0)
-    if lam < 1:
-        kept_part = (1 - lam) * (kept_rest / kept) * (math.log1p(-lam) - kept_share.log())
-    else:
-        kept_part = torch.zeros_like(own_part)
-    kl = torch.where(passed, own_part + kept_part, -label_log_prob).clamp(min=0)
-
-    kept_factor = torch.where(passed, (lam - dropped_share) / kept_share, 1)
-    mixed_gradient = torch.where(
-        label_kept,
-        -lam * (rest / total) - (1 - lam) * label_filtered * dropped_share,
-        label_weight / total - lam,
-    )
-    label_gradient = torch.where(passed, mixed_gradient, -rest / total)
-    return kl.squeeze(1), torch.stack([top + log_total, threshold, kept_factor, label_gradient]).squeeze(2)
-
-
-def _row_std(scores: Tensor, work: Tensor) -> Tensor:
-    """`finite_std`, in two quick passes where every logit is finite (a row with a -inf has no finite mean)."""
-    mean = scores.mean(dim=1, keepdim=True)
-    if scores.shape[1] == 1 or scores.device.type != "cpu" or not mean.isfinite().all():
-        return finite_std(scores)
-    deviations = torch.sub(scores, mean, out=work)
-    norm: Tensor = torch.linalg.vector_norm(deviations, dim=1, keepdim=True)
-    return norm / math.sqrt(scores.shape[1] - 1)
+    return row_kl(logits, labels, reference_logits, TargetSettings(n_sigma, lam, check), ignore_index)
 
 
 @torch.library.custom_op(
@@ -219,71 +109,10 @@ def _token_kl_backward(
     check: bool,
     ignore_index: int,
 ) -> Tensor:
-    """Gradient of the logits ``(N, V)``; rows that are ignored or settled get exact zeros and no work."""
-    needed = (labels != ignore_index) & (grad_kl != 0)
-    gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    with torch.autocast(logits.device.type, enabled=False):
-        workspace = _workspace(logits)
-        for rows in _blocks(needed, logits.shape[1]):
-            scores = _load(logits, rows, workspace[0])
-            index = labels[rows].unsqueeze(1)
-            scale = grad_kl[rows].unsqueeze(1)
-            # float32 rows in order are worked out in place; others in the workspace, then copied and rounded.
-            in_place = isinstance(rows, slice) and gradient.dtype == scores.dtype
-            out = gradient[rows] if in_place else workspace[1, : len(scores)]
-            if reference_logits is None:
-                block_coefficients = coefficients[:, rows].unsqueeze(2)
-                _block_gradient(scores, index, scale, block_coefficients, n_sigma, workspace[2], out)
-            else:
-                target = build_target(reference_logits[rows].to(scores.dtype), labels[rows], n_sigma, lam, check)
-                torch.sub(scores.softmax(dim=1), target, out=out).mul_(scale)
-            if not in_place:
-                gradient[rows] = out.to(gradient.dtype)
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    settings = TargetSettings(n_sigma, lam, check)
+    row_gradient(grad_kl, logits, labels, reference_logits, coefficients, settings, ignore_index, out=gradient)
     return gradient
-
-
-def _block_gradient(
-    scores: Tensor,
-    index: Tensor,
-    scale: Tensor,
-    coefficients: Tensor,
-    n_sigma: float | None,
-    kept_mask: Tensor,
-    out: Tensor,
-) -> None:
-    """Write scale * dKL/ds of a block into out."""
-    log_normaliser, threshold, kept_factor, label_gradient = coefficients
-    torch.sub(scores, log_normaliser, out=out).exp_()
-    if n_sigma is None:
-        out.mul_(kept_factor * scale)
-    else:
-        factors = torch.gt(scores, threshold, out=kept_mask[: len(scores)])
-        out.mul_(factors.mul_((kept_factor - 1) * scale).add_(scale))
-    out.scatter_(1, index, label_gradient * scale)
-
-
-def _blocks(needed: Tensor, vocabulary: int) -> Iterator[Rows]:
-    """The needed rows ``(N,)`` in cache-sized blocks: slices where every row is needed, else row numbers."""
-    size = max(1, BLOCK_ELEMENTS // vocabulary)
-    if needed.all():
-        for start in range(0, len(needed), size):
-            yield slice(start, min(start + size, len(needed)))
-    else:
-        yield from torch.split(needed.nonzero().squeeze(1), size)
-
-
-def _workspace(logits: Tensor) -> Tensor:
-    """Three blocks of scratch in working precision."""
-    size = min(max(1, BLOCK_ELEMENTS // logits.shape[1]), max(1, len(logits)))
-    return torch.empty(3, size, logits.shape[1], dtype=working_dtype(logits), device=logits.device)
-
-
-def _load(logits: Tensor, rows: Rows, buffer: Tensor) -> Tensor:
-    """Rows of the logits in working precision: a view where nothing has to change, else a copy in the buffer."""
-    block = logits[rows]
-    if isinstance(rows, slice) and block.dtype == buffer.dtype:
-        return block
-    return buffer[: len(block)].copy_(block)
 
 
 @_token_kl.register_fake
