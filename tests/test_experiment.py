@@ -122,6 +122,14 @@ class TestPerformAll:
         assert alone == together
         assert torch.get_num_threads() == threads
 
+    def test_a_worker_refuses_another_model(self, saved_model, monkeypatch):
+        """Records of two different models must not be mixed, so the folder is held against what the run began with."""
+        path, _ = saved_model
+        monkeypatch.setattr(experiment.signal, "signal", lambda *arguments: None)
+        monkeypatch.setattr(experiment.torch, "set_num_threads", lambda count: None)
+        with pytest.raises(RuntimeError, match="is not the one that the run began with"):
+            experiment._start_worker(path, fingerprint(mini_lab.random_model(seed=1)))
+
     def test_no_tasks_need_no_workers(self, saved_model):
         path, workplace = saved_model
         assert list(perform_all(workplace, path, [], workers=2)) == []
