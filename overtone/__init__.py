@@ -13,9 +13,18 @@ from types import ModuleType
 from overtone import functional
 from overtone.diagnostics import TokenStates, token_states
 from overtone.fused import overtone_loss
+from overtone.linear import linear_overtone_loss
 from overtone.loss import OverToneConfig, OverToneLoss
 
-__all__ = ["OverToneConfig", "OverToneLoss", "TokenStates", "functional", "overtone_loss", "token_states"]
+__all__ = [
+    "OverToneConfig",
+    "OverToneLoss",
+    "TokenStates",
+    "functional",
+    "linear_overtone_loss",
+    "overtone_loss",
+    "token_states",
+]
 __version__ = "0.1.0"
 
 ON_FIRST_USE = ("easyedit", "huggingface", "lab")

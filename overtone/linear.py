@@ -1,0 +1,209 @@
+"""The loss from hidden states: the output layer and the loss a chunk of rows at a time, never all logits at once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from overtone.contract import (
+    Reduction,
+    check_hyperparameters,
+    check_labels,
+    check_tensors,
+    reduce_tokens,
+    working_dtype,
+)
+from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
+from overtone.rows import TargetSettings, row_gradient, row_kl
+
+__all__ = ["linear_overtone_loss"]
+
+CHUNK_ELEMENTS = 2**24
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def linear_overtone_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    epsilon: float = 0.05,
+    n_sigma: float | None = 0.5,
+    lam: float = 0.1,
+    check: bool = True,
+    reference_logits: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    hold_settled: Hold = False,
+) -> Tensor:
+    """`overtone_loss(F.linear(hidden, weight, bias), labels, ...)` without ever holding all the logits.
+
+    The gradients are worked out in the forward pass, while a chunk's logits are there, for rows that weigh alike, as
+    the reductions "mean" and "sum" make them; if the rows turn out to weigh differently (reduction "none" with weights
+    on top) the backward pass goes through the chunks once more.
+
+    Args:
+        hidden: ``(..., H)``, the last hidden states. Ignored positions cost nothing.
+        weight: ``(V, H)``, of the output layer, in the precision of hidden (cast by autocast, where that is on). Its
+            gradient is only worked out if it is wanted; a weight tied to the embedding is fine.
+        labels: ``(...)``, token ids in ``[0, V)``, or ignore_index.
+        bias: ``(V,)`` or None.
+        chunk_size: rows whose logits are held at once; None for as many as make 2**24 logits.
+        epsilon, n_sigma, lam, check, ignore_index, reduction, hold_settled: as in `overtone_loss`.
+        reference_logits: ``(..., V)``, the unedited model's logits, as in `overtone_loss`.
+
+    Returns:
+        A scalar, or ``(...)`` for reduction "none"; float64 for float64 hidden states, else float32.
+
+    Raises:
+        ValueError, TypeError: as `overtone_loss`, and for a weight, bias or chunk_size that does not fit.
+    """
+    check_hyperparameters(epsilon=epsilon, n_sigma=n_sigma, lam=lam, reduction=reduction, hold_settled=hold_settled)
+    hidden, weight, bias = _in_autocast_dtype(hidden, weight, bias)
+    _check_layer(hidden, weight, bias, chunk_size)
+    check_tensors(hidden.new_empty(()).expand(*hidden.shape[:-1], len(weight)), labels, reference_logits)
+    refuse_hold_when_distributed(hold_settled)
+    token_labels = labels.reshape(-1).long()
+    check_labels(token_labels, len(weight), ignore_index)
+    counted = token_labels != ignore_index
+    rows = counted.nonzero().squeeze(1)
+
+    problem = _Problem(
+        labels=token_labels[rows],
+        reference=None if reference_logits is None else reference_logits.detach().reshape(-1, len(weight))[rows],
+        settings=TargetSettings(n_sigma, lam, check),
+        epsilon=float(epsilon),
+        chunk_size=chunk_size or max(1, CHUNK_ELEMENTS // len(weight)),
+    )
+    kl: Tensor = _LinearKl.apply(  # type: ignore[no-untyped-call]
+        hidden.reshape(-1, hidden.shape[-1])[rows], weight, bias, problem, torch.is_grad_enabled()
+    )
+    token_loss = kl.new_zeros(token_labels.shape).index_copy(0, rows, torch.where(kl < epsilon, epsilon, kl))
+    if hold_settled is not False:
+        token_loss = release_when_held(token_loss, kl.detach(), epsilon, hold_settled)
+    return reduce_tokens(token_loss, counted, reduction).reshape(labels.shape if reduction == "none" else ())
+
+
+def _in_autocast_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast would make of the arguments of F.linear."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int | None) -> None:
+    if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "weight must be (V, H) for hidden (..., H), "
+            f"got weight {tuple(weight.shape)} for hidden {tuple(hidden.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({len(weight)},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != hidden.dtype or tensor.device != hidden.device):
+            raise ValueError(
+                f"{name} must be {hidden.dtype} on {hidden.device} like hidden, got {tensor.dtype} on {tensor.device}"
+            )
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a whole number of rows, 1 or more, or None, got {chunk_size!r}")
+
+
+class _Problem(NamedTuple):
+    """What is constant for differentiation: labels ``(M,)`` of the counted rows, and how to work through them."""
+
+    labels: Tensor
+    reference: Tensor | None
+    settings: TargetSettings
+    epsilon: float
+    chunk_size: int
+
+
+class _Gradients(NamedTuple):
+    """Gradients of hidden ``(M, H)``, weight ``(V, H)`` and bias ``(V,)``; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def _chunked(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    problem: _Problem,
+    row_weights: Tensor | None,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, _Gradients]:
+    """KL of each row, and the wanted gradients of ``sum(row_weights * clipped KL)``.
+
+    row_weights None: 1 for each row.
+    """
+    rows, vocabulary = len(hidden), len(weight)
+    kl = torch.empty(rows, dtype=working_dtype(hidden), device=hidden.device)
+    gradients = _Gradients(
+        torch.empty_like(hidden) if wanted[0] else None,
+        torch.zeros_like(weight) if wanted[1] else None,
+        torch.zeros_like(weight[:, 0]) if wanted[2] else None,
+    )
+    buffer = hidden.new_empty(min(problem.chunk_size, rows), vocabulary)
+    for start in range(0, rows, problem.chunk_size):
+        chunk = slice(start, min(start + problem.chunk_size, rows))
+        logits = buffer[: chunk.stop - start]
+        if bias is None:
+            torch.mm(hidden[chunk], weight.t(), out=logits)
+        else:
+            torch.addmm(bias, hidden[chunk], weight.t(), out=logits)
+        labels = problem.labels[chunk]
+        reference = None if problem.reference is None else problem.reference[chunk]
+        kl[chunk], coefficients = row_kl(logits, labels, reference, problem.settings, ignore_index=-1)
+        if not any(wanted):
+            continue
+        unsettled = (kl[chunk] >= problem.epsilon) | kl[chunk].isnan()
+        grad_kl = unsettled.to(kl.dtype) if row_weights is None else unsettled * row_weights[chunk]
+        row_gradient(grad_kl, logits, labels, reference, coefficients, problem.settings, ignore_index=-1, out=logits)
+        if gradients.hidden is not None:
+            torch.mm(logits, weight, out=gradients.hidden[chunk])
+        if gradients.weight is not None:
+            gradients.weight.addmm_(logits.t(), hidden[chunk])
+        if gradients.bias is not None:
+            gradients.bias.add_(logits.sum(dim=0))
+    return kl, gradients
+
+
+class _LinearKl(torch.autograd.Function):
+    """KL of each row of ``hidden @ weight.T + bias``, differentiable in all three."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: _Problem, grad_enabled: bool
+    ) -> Tensor:
+        of_hidden, of_weight, of_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
+        wanted = (of_hidden, of_weight, of_bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            kl, ctx.gradients = _chunked(hidden, weight, bias, problem, None, wanted)
+        ctx.problem, ctx.wanted = problem, wanted
+        ctx.save_for_backward(hidden, weight, bias, kl.detach())
+        return kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, kl = ctx.saved_tensors
+        # Handed out once, so that the optimiser's gradient is not a second copy of the weight's size.
+        gradients, ctx.gradients = ctx.gradients, None
+        common = grad_kl.amax() if len(grad_kl) else grad_kl.sum()
+        alike = torch.equal(grad_kl, torch.where((kl < ctx.problem.epsilon), 0, common))
+        with torch.autocast(hidden.device.type, enabled=False):
+            if gradients is None or not alike:
+                _, gradients = _chunked(hidden, weight, bias, ctx.problem, grad_kl, ctx.wanted)
+            elif common != 1:
+                for gradient in gradients:
+                    if gradient is not None:
+                        gradient.mul_(common)
+        return (*gradients, None, None)

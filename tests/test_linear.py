@@ -1,0 +1,222 @@
+"""The loss from hidden states against the two-step version, F.linear and then overtone_loss."""
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from overtone import linear_overtone_loss, overtone_loss
+
+ROWS, HIDDEN, VOCABULARY = 23, 16, 41
+
+
+def draw_layer(dtype=torch.float64, seed=0):
+    """Hidden states, weight, bias and labels of which every third is well predicted and every fifth ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(ROWS, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64)
+    bias = torch.randn(VOCABULARY, generator=generator, dtype=torch.float64)
+    labels = torch.randint(VOCABULARY, (ROWS,), generator=generator)
+    labels[::3] = F.linear(hidden, weight, bias).argmax(dim=1)[::3]
+    hidden[::3] *= 2
+    labels[::5] = -100
+    return [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight, bias)], labels
+
+
+def two_step(hidden, weight, labels, *, bias=None, chunk_size=None, **arguments):
+    return overtone_loss(F.linear(hidden, weight, bias), labels, **arguments)
+
+
+def value_and_gradients(loss, tensors, labels, upstream=1.0, **arguments):
+    leaves = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors]
+    hidden, weight, bias = leaves
+    value = loss(hidden, weight, labels, bias=bias, **arguments)
+    (value * upstream).sum().backward()
+    return value.detach(), [leaf.grad for leaf in leaves]
+
+
+class TestAgainstTwoSteps:
+    @pytest.mark.parametrize("chunk_size", [None, 1, 3, 1000])
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {},
+            {"epsilon": 0.0},
+            {"n_sigma": None, "lam": 0.5},
+            {"check": False, "n_sigma": 2.0},
+            {"epsilon": 0, "lam": 1},
+        ],
+        ids=str,
+    )
+    def test_float64(self, chunk_size, reduction, arguments):
+        """Value and all three gradients to 1e-12, whatever the chunk, also with a ragged last one."""
+        tensors, labels = draw_layer()
+        arguments = {**arguments, "reduction": reduction}
+        expected, expected_gradients = value_and_gradients(two_step, tensors, labels, 0.7, **arguments)
+        value, gradients = value_and_gradients(
+            linear_overtone_loss, tensors, labels, 0.7, chunk_size=chunk_size, **arguments
+        )
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+        for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
+
+    def test_rows_that_weigh_differently(self):
+        """Weights on single tokens reach every gradient, although the forward pass did not know them."""
+        tensors, labels = draw_layer()
+        upstream = torch.linspace(-1, 2, ROWS, dtype=torch.float64)
+        arguments = {"reduction": "none", "upstream": upstream}
+        expected, expected_gradients = value_and_gradients(two_step, tensors, labels, **arguments)
+        value, gradients = value_and_gradients(linear_overtone_loss, tensors, labels, chunk_size=4, **arguments)
+        torch.testing.assert_close(value, expected)
+        for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
+
+    def test_unedited_reference_logits(self):
+        """Another model's logits for the filtered distribution go along with their rows."""
+        tensors, labels = draw_layer()
+        reference = torch.randn(ROWS, VOCABULARY, dtype=torch.float64) * 3
+        arguments = {"reference_logits": reference, "lam": 0.6}
+        expected, expected_gradients = value_and_gradients(two_step, tensors, labels, **arguments)
+        value, gradients = value_and_gradients(linear_overtone_loss, tensors, labels, chunk_size=4, **arguments)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradients, expected_gradients)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_lower_precision(self, dtype):
+        """The error against float64 is at most that of the two-step version in the same precision, and a rounding."""
+        tensors, labels = draw_layer(dtype)
+        exact = value_and_gradients(
+            two_step, [tensor.detach().double().requires_grad_() for tensor in tensors], labels
+        )[1]
+        yardstick = value_and_gradients(two_step, tensors, labels)[1]
+        gradients = value_and_gradients(linear_overtone_loss, tensors, labels, chunk_size=5)[1]
+        for gradient, standard, truth in zip(gradients, yardstick, exact, strict=True):
+            assert gradient.dtype == dtype
+            allowed = (standard.double() - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
+            assert (gradient.double() - truth).abs().max() <= allowed
+
+    def test_second_backward(self):
+        """With retain_graph a second backward adds the same gradients again."""
+        (hidden, weight, bias), labels = draw_layer()
+        loss = linear_overtone_loss(hidden, weight, labels, bias=bias, chunk_size=4)
+        loss.backward(retain_graph=True)
+        once = [tensor.grad.clone() for tensor in (hidden, weight, bias)]
+        loss.backward()
+        for tensor, gradient in zip((hidden, weight, bias), once, strict=True):
+            torch.testing.assert_close(tensor.grad, 2 * gradient, rtol=1e-12, atol=1e-12)
+
+    def test_leading_dimensions(self):
+        """hidden (batch, sequence, H) with labels (batch, sequence)."""
+        (hidden, weight, _), labels = draw_layer()
+        batched = hidden.detach()[:20].reshape(4, 5, HIDDEN)
+        loss = linear_overtone_loss(batched, weight, labels[:20].reshape(4, 5), reduction="none")
+        assert loss.shape == (4, 5)
+        torch.testing.assert_close(loss.flatten(), two_step(hidden[:20], weight, labels[:20], reduction="none"))
+
+
+class TestEditing:
+    def test_frozen_weight_has_no_gradient(self):
+        """A frozen output layer, as editing has it, gets no gradient and no work for one."""
+        (hidden, weight, bias), labels = draw_layer()
+        tensors = [hidden, weight.detach(), bias.detach()]
+        expected = value_and_gradients(two_step, tensors, labels)[1]
+        gradients = value_and_gradients(linear_overtone_loss, tensors, labels, chunk_size=4)[1]
+        torch.testing.assert_close(gradients[0], expected[0], rtol=1e-12, atol=1e-12)
+        assert gradients[1] is gradients[2] is None
+
+    def test_tied_embeddings(self):
+        """A weight that is also the embedding gets both gradients."""
+        embedding, labels = torch.randn(VOCABULARY, HIDDEN, dtype=torch.float64), draw_layer()[1]
+        tokens = torch.randint(VOCABULARY, (ROWS,))
+        results = []
+        for loss in (two_step, linear_overtone_loss):
+            weight = embedding.clone().requires_grad_()
+            loss(F.embedding(tokens, weight).tanh(), weight, labels, chunk_size=4).backward()
+            results.append(weight.grad)
+        torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+    def test_hold(self):
+        """A held call gives no gradient to anything."""
+        (hidden, weight, bias), labels = draw_layer()
+        linear_overtone_loss(hidden, weight, labels, bias=bias, epsilon=99.0, hold_settled=True).backward()
+        assert hidden.grad is weight.grad is bias.grad is None
+
+    def test_autocast(self):
+        """Under autocast the layer works in bfloat16 and the float32 leaves get float32 gradients."""
+        tensors, labels = draw_layer(torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected, expected_gradients = value_and_gradients(two_step, tensors, labels)
+            value, gradients = value_and_gradients(linear_overtone_loss, tensors, labels)
+        torch.testing.assert_close(value, expected)
+        for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+            assert gradient.dtype == torch.float32
+            torch.testing.assert_close(gradient, expected_gradient, rtol=0.02, atol=0.02)
+
+    def test_compiled_caller(self):
+        """A compiled step around it gives the same values; the loss itself stays outside the graph."""
+        (hidden, weight, _), labels = draw_layer()
+        step = torch.compile(lambda h, w: linear_overtone_loss(h.tanh(), w, labels), backend="aot_eager")
+        torch.testing.assert_close(step(hidden, weight), two_step(hidden.tanh(), weight, labels))
+
+    @pytest.mark.parametrize("rows", [0, 3])
+    def test_nothing_counted(self, rows):
+        """No rows, or none that counts: 0 with a graph, gradients of zeros."""
+        hidden, weight = torch.randn(rows, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+        loss = linear_overtone_loss(hidden, weight, torch.full((rows,), -100))
+        loss.backward()
+        assert loss == 0
+        assert (hidden.grad == 0).all()
+        assert (weight.grad == 0).all()
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the most elements that any operation's result had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+class TestMemory:
+    def test_never_more_than_a_chunk_of_logits(self):
+        """No tensor of the whole call is larger than a chunk's logits (three of them in one workspace)."""
+        hidden, weight = torch.randn(60, 4, requires_grad=True), torch.randn(1000, 4)
+        labels = torch.randint(1000, (60,))
+        gc.collect()
+        with LargestTensor() as largest:
+            linear_overtone_loss(hidden, weight, labels, chunk_size=6).backward()
+        assert largest.elements <= 3 * 6 * 1000 < 60 * 1000
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"weight": torch.zeros(5, 3)}, r"weight must be \(V, H\) .* got weight \(5, 3\) for hidden \(2, 4\)"),
+            ({"weight": torch.zeros(5, 4, dtype=torch.bfloat16)}, "weight must be torch.float32 .* got torch.bfloat16"),
+            ({"bias": torch.zeros(4)}, r"bias must be \(5,\)"),
+            ({"chunk_size": 0}, "chunk_size must be .* got 0"),
+            ({"chunk_size": 2.5}, "chunk_size must be .* got 2.5"),
+            ({"labels": torch.tensor([0, 5])}, r"labels must lie in \[0, 5\) .* got 5"),
+            ({"labels": torch.tensor([0])}, "labels must have the shape of logits"),
+            ({"reference_logits": torch.zeros(2, 4)}, r"reference_logits must have the shape of logits \(2, 5\)"),
+            ({"epsilon": -1}, "epsilon must be"),
+        ],
+    )
+    def test_errors_name_the_argument(self, arguments, message):
+        """Each bad value is refused by name."""
+        arguments = {
+            "hidden": torch.zeros(2, 4),
+            "weight": torch.zeros(5, 4),
+            "labels": torch.tensor([0, 1]),
+            **arguments,
+        }
+        with pytest.raises(ValueError, match=message):
+            linear_overtone_loss(**arguments)
