@@ -17,12 +17,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 
 from overtone.lab.world import Probe, World
 
@@ -157,18 +159,33 @@ def load_or_train(
     entry = cache / f"{arch}-seed{seed}-{key[:16]}"
 
     seconds = 0.0
-    knowledge = _read_entry(entry)
-    if knowledge is None:
-        start = time.perf_counter()
-        tokenizer = train_tokenizer(texts, recipe.vocabulary)
-        checkpoint = entry.with_suffix(".checkpoint")
-        model = _train(texts, tokenizer, arch, seed, recipe, checkpoint, show_progress)
-        seconds = time.perf_counter() - start
-        knowledge = measure_knowledge(model, tokenizer, world)
-        _write_entry(entry, model, tokenizer, knowledge)
-        checkpoint.unlink(missing_ok=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(entry, dtype=torch.float32).eval()
-    return LabModel(model, transformers.AutoTokenizer.from_pretrained(entry), knowledge, entry, seconds)
+    # Of several processes that want the same model, one trains it and the others wait.
+    with FileLock(entry.with_suffix(".lock")), _without_progress_bars():
+        knowledge = _read_entry(entry)
+        if knowledge is None:
+            start = time.perf_counter()
+            tokenizer = train_tokenizer(texts, recipe.vocabulary)
+            checkpoint = entry.with_suffix(".checkpoint")
+            model = _train(texts, tokenizer, arch, seed, recipe, checkpoint, show_progress)
+            seconds = time.perf_counter() - start
+            knowledge = measure_knowledge(model, tokenizer, world)
+            _write_entry(entry, model, tokenizer, knowledge)
+            checkpoint.unlink(missing_ok=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(entry).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(entry)
+    return LabModel(model, tokenizer, knowledge, entry, seconds)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Without those of transformers, which announce the loading of 2 MB."""
+    enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def measure_knowledge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World) -> Knowledge:
@@ -226,7 +243,7 @@ def _train(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+        model = transformers.AutoModelForCausalLM.from_config(config).train()
     groups: list[dict[str, Any]] = [
         {"params": [weight for weight in model.parameters() if weight.ndim > 1]},
         {"params": [weight for weight in model.parameters() if weight.ndim <= 1], "weight_decay": 0.0},
@@ -278,9 +295,9 @@ def _batches(texts: Sequence[list[int]], seed: int, recipe: Recipe, first: int) 
 
 def _save_checkpoint(path: Path, step: int, state: Mapping[str, Any]) -> None:
     # Written beside its place and moved there, so that a kill in the middle leaves the checkpoint before.
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        torch.save({"step": step} | {name: part.state_dict() for name, part in state.items()}, file)
-    os.replace(file.name, path)
+    unfinished = path.with_suffix(".unfinished")
+    torch.save({"step": step} | {name: part.state_dict() for name, part in state.items()}, unfinished)
+    os.replace(unfinished, path)
 
 
 def _resume(path: Path, state: Mapping[str, Any]) -> int:

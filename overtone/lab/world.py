@@ -8,101 +8,22 @@ some relations have several true answers with different frequencies. Nothing her
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from overtone.lab import names
+from overtone.lab.relations import (
+    CRAFTS,
+    EDITABLE,
+    INVERSE,
+    PROFILE_PROMPTS,
+    RELATIONS,
+    SOFT_FREQUENCIES,
+    SOFT_RELATIONS,
+)
 
 Fact = tuple[str, str]
 """A relation and its subject: what has an object."""
-
-
-@dataclass(frozen=True)
-class Relation:
-    """A relation with one object per subject, and the ways to say it; ``{}`` stands for the subject."""
-
-    label: str
-    phrasings: tuple[str, str, str]
-    then: tuple[str, ...] = ()
-    """The relations that chain-of-thought questions ask of its object."""
-    profile: tuple[str, ...] = ()
-    """Sentences about its object: ``{0}`` the object, ``{1}`` the subject, ``{relation}`` a fact about the object."""
-
-
-RELATIONS: Mapping[str, Relation] = {
-    "head": Relation(
-        "head",
-        ("The head of {} is", "{} is led by", "The person who runs {} is"),
-        then=("birthplace", "craft", "spouse"),
-        profile=("{0} leads {1}.", "{0} was born in {birthplace}.", "The craft of {0} is {craft}."),
-    ),
-    "office": Relation(
-        "office",
-        ("The office of {} is", "{} is based in", "Letters to {} are sent to"),
-        then=("country", "mayor"),
-        profile=("{0} is home to {1}.", "{0} lies in {country}.", "The mayor of {0} is {mayor}."),
-    ),
-    "leads": Relation("firm", ("The firm of {} is", "{} leads", "The firm that is run by {} is")),
-    "spouse": Relation(
-        "spouse",
-        ("The spouse of {} is", "{} is married to", "The wedding ring of {} came from"),
-        then=("birthplace", "craft"),
-    ),
-    "birthplace": Relation(
-        "birthplace",
-        ("The birthplace of {} is", "{} was born in", "The cradle of {} stood in"),
-        then=("country", "mayor"),
-    ),
-    "craft": Relation(
-        "craft",
-        ("The craft of {} is", "{} earns a living by", "The trade that {} learned is"),
-        then=("tool",),
-    ),
-    "country": Relation("country", ("The country of {} is", "{} lies in", "The land around {} is")),
-    "mayor": Relation("mayor", ("The mayor of {} is", "{} is governed by", "The town hall of {} belongs to")),
-    "tool": Relation("tool", ("The tool of {} is", "The work of {} needs", "Whoever does {} buys")),
-}
-
-SOFT_FREQUENCIES = (4, 2, 1)
-"""How often each answer of a soft relation is told."""
-
-SOFT_RELATIONS: Mapping[str, tuple[str, ...]] = {
-    "Visitors to {} usually buy": (
-        *("amber rings", "blue lamps", "wool hats", "clay bowls", "plum jam", "silk scarves", "tin whistles"),
-        *("dried figs", "wax candles", "paper kites"),
-    ),
-    "Those who know {} tell stories about": (
-        *("old masters", "cold winters", "lost letters", "a proud king", "the first guild", "a strange dream"),
-        *("broken bridges", "a silver coin", "long roads", "a clever fox"),
-    ),
-}
-"""Phrasing of each soft relation (of cities, of crafts), and its possible answers."""
-
-CRAFTS: Mapping[str, str] = {
-    "glass blowing": "a long pipe",
-    "bell casting": "a deep mould",
-    "map drawing": "a fine compass",
-    "rope making": "a strong winch",
-    "harp building": "a round chisel",
-    "book binding": "a bone folder",
-    "salt trading": "a brass scale",
-    "cheese curing": "a cool cellar",
-    "stone carving": "an iron mallet",
-    "lens grinding": "a wet wheel",
-    "linen weaving": "a wide loom",
-    "bee keeping": "a smoke pot",
-}
-
-INVERSE: Mapping[str, str] = {"head": "leads", "spouse": "spouse"}
-"""The relation that leads back from the object, where there is one."""
-
-EDITABLE: Mapping[str, tuple[str, ...]] = {
-    "short": ("head", "office", "spouse", "birthplace", "craft"),
-    "long": ("head", "office"),
-}
-"""The relations that edits of each target change."""
-
-PROFILE_PROMPTS = ("Write about the {} of {}.", "Tell me about the {} of {}.", "Here is a note on the {} of {}.")
 
 
 @dataclass(frozen=True)
@@ -130,6 +51,7 @@ class Probe:
     target: str
     kind: str
     answer: str
+    """What free-running generation is checked for: the target, or the end of its chain of thought."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +136,7 @@ class World:
         if not 1 <= count <= len(changes):
             raise ValueError(f"count must be from 1 to {len(changes)}, the {target} edits of this world, got {count}")
         touched = {fact for change in changes.items() for fact in self._touched(*change)}
-        kept = [fact for fact in self.facts if fact not in touched]
+        kept = {fact: None for fact in self.facts if fact not in touched}
         rng = random.Random(f"probes {self.seed} {seed} {target}")
         return [self._edit(fact, new, kept, rng, target) for fact, new in list(changes.items())[:count]]
 
@@ -231,9 +153,13 @@ class World:
         divorced: set[str] = set()
         changes: dict[Fact, str] = {}
         for subject in _shuffled(dict.fromkeys(subject for _, subject in self.facts), rng):
-            choices = [name for name in relations if (name, subject) in self.facts and free.get(name, objects[name])]
-            if subject in divorced:
-                choices.remove("spouse")
+            choices = [
+                name
+                for name in relations
+                if (name, subject) in self.facts
+                and free.get(name, objects[name])
+                and not (name == "spouse" and subject in divorced)
+            ]
             if not choices:
                 continue
             fact = rng.choice(choices), subject
@@ -250,7 +176,7 @@ class World:
         inverse = INVERSE.get(fact[0])
         return (fact, (inverse, self.facts[fact]), (inverse, new)) if inverse else (fact,)
 
-    def _edit(self, fact: Fact, new: str, kept: list[Fact], rng: random.Random, target: str) -> Edit:
+    def _edit(self, fact: Fact, new: str, kept: Collection[Fact], rng: random.Random, target: str) -> Edit:
         if target == "long":
             said = [self._profile_probe(fact, prompt, new=new) for prompt in PROFILE_PROMPTS]
             old = self._profile_probe(fact, PROFILE_PROMPTS[0]).target
@@ -268,7 +194,7 @@ class World:
             locality=tuple(self._locality(fact, kept, rng)),
         )
 
-    def _portability(self, fact: Fact, new: str, kept: list[Fact]) -> Iterator[Probe]:
+    def _portability(self, fact: Fact, new: str, kept: Collection[Fact]) -> Iterator[Probe]:
         for second in RELATIONS[fact[0]].then:
             if (second, new) in kept:
                 yield self._two_hop_probe(fact, second, new=new)
@@ -277,7 +203,7 @@ class World:
         if fact[0] in INVERSE:
             yield self._fact_probe((INVERSE[fact[0]], new), kind="inverse", new=fact[1])
 
-    def _locality(self, fact: Fact, kept: list[Fact], rng: random.Random) -> Iterator[Probe]:
+    def _locality(self, fact: Fact, kept: Collection[Fact], rng: random.Random) -> Iterator[Probe]:
         relation, subject = fact
         others = [other for other in kept if relation != other[0] and subject != other[1]]
         groups = {

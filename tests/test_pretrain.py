@@ -1,0 +1,247 @@
+"""Training on a world: what is cached, what an interruption costs, and how knowledge is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from overtone.lab import pretrain
+from overtone.lab.pretrain import ARCHITECTURES, Knowledge, Recipe, load_or_train, measure_knowledge
+from overtone.lab.world import build_world
+
+WORLD = build_world(0, "tiny")
+RECIPE = Recipe(vocabulary=400, steps=10, blocks=2, block_length=32, checkpoint_every=4)
+
+
+def train(cache, **settings):
+    settings = {"world": WORLD, "recipe": RECIPE, "show_progress": False, **settings}
+    return load_or_train(cache_dir=cache, **settings)
+
+
+def same_weights(one, other):
+    return all(torch.equal(weight, other.state_dict()[name]) for name, weight in one.state_dict().items())
+
+
+def count_steps(monkeypatch, *, stop_in=None):
+    """Count the training steps, and interrupt the one given."""
+    losses, cross_entropy = [], pretrain.F.cross_entropy
+
+    def counted(*arguments):
+        losses.append(cross_entropy(*arguments))
+        if len(losses) == stop_in:
+            raise KeyboardInterrupt
+        return losses[-1]
+
+    monkeypatch.setattr(pretrain.F, "cross_entropy", counted)
+    return losses
+
+
+def interrupt(cache, monkeypatch, *, step):
+    """Train up to the middle of a step."""
+    with monkeypatch.context() as patch:
+        count_steps(patch, stop_in=step)
+        with pytest.raises(KeyboardInterrupt):
+            train(cache)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("cache"))
+
+
+class TestLoadOrTrain:
+    def test_comes_ready_to_be_edited(self, trained):
+        assert not trained.model.training
+        assert {weight.dtype for weight in trained.model.parameters()} == {torch.float32}
+        assert trained.tokenizer.pad_token_id != trained.tokenizer.eos_token_id
+        assert trained.seconds > 0
+
+    def test_is_cached(self, trained, monkeypatch):
+        steps = count_steps(monkeypatch)
+        again = train(trained.path.parent)
+        assert (len(steps), again.seconds) == (0, 0.0)
+        assert (again.path, again.knowledge) == (trained.path, trained.knowledge)
+        assert same_weights(again.model, trained.model)
+
+    def test_leaves_a_folder_that_transformers_loads_and_nothing_else(self, trained):
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(trained.path),
+            AutoTokenizer.from_pretrained(trained.path),
+        )
+        assert same_weights(model, trained.model)
+        assert tokenizer("The head").input_ids == trained.tokenizer("The head").input_ids
+        assert {path.suffix for path in trained.path.parent.iterdir()} <= {"", ".lock"}
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"seed": 1},
+            {"arch": "qwen2"},
+            {"world": build_world(1, "tiny")},
+            {"recipe": dataclasses.replace(RECIPE, learning_rate=1e-4)},
+        ],
+        ids=lambda other: next(iter(other)),
+    )
+    def test_another_setting_is_another_entry(self, trained, other):
+        result = train(trained.path.parent, **other)
+        assert result.path != trained.path
+        assert result.seconds > 0
+
+    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    def test_trains_every_architecture(self, tmp_path, arch):
+        result = train(tmp_path, arch=arch, recipe=dataclasses.replace(RECIPE, steps=1))
+        assert result.model.config.model_type == arch
+        assert not [module for module in result.model.modules() if getattr(module, "p", 0)], "dropout is not repeatable"
+
+    def test_names_an_unknown_architecture(self, tmp_path):
+        with pytest.raises(ValueError, match=r"arch must be one of llama, qwen2, mistral, gpt2, got 'bert'"):
+            train(tmp_path / "cache", arch="bert")
+        assert not (tmp_path / "cache").exists()
+
+    def test_a_file_is_no_cache_folder(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(FileExistsError, match="file"):
+            train(tmp_path / "file")
+
+    def test_the_environment_names_the_cache_folder(self, trained, monkeypatch):
+        monkeypatch.setenv(pretrain.CACHE_VARIABLE, str(trained.path.parent))
+        assert train(None).path == trained.path
+
+    def test_leaves_the_global_random_state_alone(self, tmp_path):
+        before = torch.get_rng_state()
+        train(tmp_path, recipe=dataclasses.replace(RECIPE, steps=1))
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_lowers_the_loss(self, tmp_path, monkeypatch):
+        losses = count_steps(monkeypatch)
+        train(tmp_path, recipe=dataclasses.replace(RECIPE, steps=30))
+        assert losses[-1] < losses[0] - 1
+
+
+class TestInterruption:
+    @pytest.mark.parametrize(("stop_in", "left"), [(10, 2), (6, 6), (2, 10)])
+    def test_goes_on_from_the_last_checkpoint_to_the_same_weights(self, trained, tmp_path, monkeypatch, stop_in, left):
+        interrupt(tmp_path, monkeypatch, step=stop_in)
+        steps = count_steps(monkeypatch)
+        resumed = train(tmp_path)
+        assert len(steps) == left
+        assert same_weights(resumed.model, trained.model)
+
+    def test_a_broken_checkpoint_is_told_and_passed_over(self, trained, tmp_path, monkeypatch, caplog):
+        interrupt(tmp_path, monkeypatch, step=6)
+        (checkpoint,) = tmp_path.glob("*.checkpoint")
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+        with caplog.at_level(logging.WARNING, pretrain.__name__):
+            assert same_weights(train(tmp_path).model, trained.model)
+        assert f"{checkpoint} is broken" in caplog.text
+
+    def test_a_checkpoint_is_whole_or_the_one_before(self, trained, tmp_path, monkeypatch):
+        torch_save, saved = torch.save, []
+
+        def fail_in_the_second(content, path):
+            saved.append(content["step"])
+            torch_save(content, path)
+            if len(saved) == 2:
+                path.write_bytes(path.read_bytes()[:1000])
+                raise OSError("no space left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "save", fail_in_the_second)
+            with pytest.raises(OSError, match="no space left"):
+                train(tmp_path)
+        steps = count_steps(monkeypatch)
+        assert same_weights(train(tmp_path).model, trained.model)
+        assert (saved, len(steps)) == ([4, 8], 6)
+
+    def test_an_entry_appears_whole_or_not_at_all(self, trained, tmp_path, monkeypatch):
+        def fail(*arguments):
+            raise OSError("no space left")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(trained.tokenizer), "save_pretrained", fail)
+            with pytest.raises(OSError, match="no space left"):
+                train(tmp_path)
+        assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+        assert same_weights(train(tmp_path).model, trained.model)
+
+    @pytest.mark.parametrize("spoilt", ["model.safetensors", "knowledge.json"])
+    def test_a_spoilt_entry_is_told_and_trained_anew(self, trained, tmp_path, spoilt, caplog):
+        file = train(tmp_path).path / spoilt
+        file.write_bytes(file.read_bytes()[:-10])
+        with caplog.at_level(logging.WARNING, pretrain.__name__):
+            again = train(tmp_path)
+        assert again.seconds > 0
+        assert same_weights(again.model, trained.model)
+        assert "is broken and will be trained anew" in caplog.text
+        assert (
+            json.loads((again.path / "knowledge.json").read_text()).keys() > dataclasses.asdict(again.knowledge).keys()
+        )
+
+
+class TestTokenizer:
+    def test_a_target_has_the_same_tokens_apart_and_behind_its_prompt(self, trained):
+        for probe in (*WORLD.fact_probes(), *WORLD.two_hop_probes()):
+            prompt, target, both = trained.tokenizer(
+                [probe.prompt, probe.target, probe.prompt + probe.target]
+            ).input_ids
+            assert prompt + target == both
+
+    def test_gives_the_text_back(self, trained):
+        for text in (*WORLD.training_texts(), "Ünknown wörds, too: 漢字"):
+            assert trained.tokenizer.decode(trained.tokenizer(text).input_ids).strip() == text
+
+    def test_names_share_tokens(self):
+        world = build_world(0)
+        tokenizer = pretrain.train_tokenizer(world.training_texts(), Recipe().vocabulary)
+        people = {subject for relation, subject in world.facts if relation == "birthplace"}
+        names = [tokenizer(f" {name}").input_ids for name in people]
+        assert min(map(len, names)) >= 2
+        assert len({tuple(name) for name in names}) == len(names)
+        assert len({name[0] for name in names}) < len(names) / 2
+
+
+@dataclasses.dataclass
+class Questions:
+    """What of a world :func:`measure_knowledge` asks."""
+
+    facts: list
+    two_hops: list
+
+    def fact_probes(self):
+        return self.facts
+
+    def two_hop_probes(self):
+        return self.two_hops
+
+
+class TestKnowledge:
+    def test_is_what_greedy_generation_says_word_for_word(self, tmp_path):
+        half_trained = train(tmp_path, recipe=dataclasses.replace(RECIPE, steps=80, blocks=4, block_length=64))
+        model, tokenizer = half_trained.model, half_trained.tokenizer
+
+        def said(probe):
+            prompt = tokenizer(probe.prompt, return_tensors="pt")
+            length = len(tokenizer(probe.target.rstrip(".") + ".").input_ids)
+            ids = model.generate(**prompt, max_new_tokens=length, do_sample=False, use_cache=False)[0]
+            return tokenizer.decode(ids)
+
+        facts = WORLD.fact_probes()[::9]
+        share = sum(said(probe).strip() == f"{probe.prompt}{probe.target}." for probe in facts) / len(facts)
+        questions = Questions(facts, [dataclasses.replace(probe, target=f"{probe.target}.") for probe in facts])
+        assert 0 < share < 1
+        assert measure_knowledge(model, tokenizer, questions) == Knowledge(share, share)
+
+    @pytest.mark.parametrize(("facts", "two_hops"), [(0.98, 1.0), (1.0, 0.94)])
+    def test_too_little_is_refused(self, facts, two_hops):
+        with pytest.raises(
+            RuntimeError, match=rf"{facts:.1%} of the facts \(needs 99%\) and {two_hops:.1%}.*needs 95%"
+        ):
+            Knowledge(facts, two_hops).require()
+
+    def test_enough_is_enough(self):
+        Knowledge(0.99, 0.95).require()
