@@ -79,7 +79,7 @@ class TestWorkplace:
     def test_every_edit_starts_from_the_clean_model(self, saved_model):
         """The same task gives the same record after other edits as before them."""
         _, workplace = saved_model
-        tasks = grid()
+        tasks = grid(losses=("overtone_held",))
         first = [comparable(workplace.perform(task)) for task in tasks]
         again = [comparable(workplace.perform(task)) for task in reversed(tasks)]
         assert first == again[::-1]

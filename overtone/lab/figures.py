@@ -77,7 +77,8 @@ def draw_overfitting(records: Sequence[EditRecord], path: Path, *, title: str) -
         ):
             axes.plot(*_mean_curve(curves, last_step), **style)
         degrees = _mean_per_position([trace.underfitting for trace in group])
-        underfitting.plot(range(1, len(degrees) + 1), degrees, marker="o", markersize=2, **style)
+        marker = "o" if len(degrees) <= 10 else None
+        underfitting.plot(range(1, len(degrees) + 1), degrees, marker=marker, markersize=2, **style)
     losses_before = _mean_per_position([trace.initial_loss for trace in next(iter(traces.values()))])
     initial.bar(range(1, len(losses_before) + 1), losses_before, color="#777777")
     initial.axhline(float(np.mean(losses_before)), color="black", linewidth=0.7, linestyle="--")
