@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -58,19 +58,23 @@ def row_kl(
         ValueError: for a label out of range, on the CPU; elsewhere that would cost a synchronisation.
     """
     dtype = working_dtype(logits)
-    kl = torch.zeros(len(logits), dtype=dtype, device=logits.device)
-    coefficients = torch.zeros(4, len(logits), dtype=dtype, device=logits.device)
+    counted = labels != ignore_index
     if logits.device.type == "cpu":
         check_labels(labels, logits.shape[1], ignore_index)
     with torch.autocast(logits.device.type, enabled=False):
         workspace = _workspace(logits)
-        for rows in _blocks(labels != ignore_index, logits.shape[1]):
-            scores, index = _load(logits, rows, workspace[0]), labels[rows].unsqueeze(1)
-            if reference_logits is None:
-                kl[rows], coefficients[:, rows] = _block_kl(scores, index, settings, workspace)
-            else:
-                kl[rows] = clipped_kl(_block_target(reference_logits, labels, rows, settings, dtype), scores, epsilon=0)
-    return kl, coefficients
+        if reference_logits is not None:
+            kl = torch.zeros(len(logits), dtype=dtype, device=logits.device)
+            for rows in _blocks(counted, logits.shape[1]):
+                target = _block_target(reference_logits, labels, rows, settings, dtype)
+                kl[rows] = clipped_kl(target, _load(logits, rows, workspace[0]), epsilon=0)
+            return kl, kl.new_zeros(4, len(logits))
+        sums = torch.ones(6, len(logits), dtype=dtype, device=logits.device)
+        for rows in _blocks(counted, logits.shape[1]):
+            scores = _load(logits, rows, workspace[0])
+            sums[:, rows] = _block_sums(scores, labels[rows].unsqueeze(1), settings, workspace)
+    kl, coefficients = _closed_form(RowSums(*sums), settings)
+    return kl.masked_fill_(~counted, 0), coefficients
 
 
 def row_gradient(
@@ -116,61 +120,78 @@ def _block_target(
     return build_target(reference, labels[rows], settings.n_sigma, settings.lam, settings.check)
 
 
-def _block_kl(scores: Tensor, index: Tensor, settings: TargetSettings, workspace: Tensor) -> tuple[Tensor, Tensor]:
-    """`row_kl` for rows that fit in the cache: scores ``(B, V)``, index ``(B, 1)``."""
-    lam, n_sigma = settings.lam, settings.n_sigma
-    work, kept_mask = workspace[1, : len(scores)], workspace[2, : len(scores)]
+class RowSums(NamedTuple):
+    """What the closed form needs of each row, ``(N,)`` each; weights are exp(logit - top).
+
+    Attributes:
+        top: the largest logit.
+        threshold: logits above it are kept; always below top.
+        label: the true token's logit.
+        rest: sum of the other tokens' weights.
+        kept_rest: the same over those of them that are kept.
+        runner_up: largest weight among the other tokens, where lam alone does not settle a tie; else 0.
+    """
+
+    top: Tensor
+    threshold: Tensor
+    label: Tensor
+    rest: Tensor
+    kept_rest: Tensor
+    runner_up: Tensor
+
+
+def _block_sums(scores: Tensor, index: Tensor, settings: TargetSettings, workspace: Tensor) -> Tensor:
+    """The `RowSums` ``(6, B)`` of rows that fit in the cache: scores ``(B, V)``, index ``(B, 1)``."""
+    work, mask = workspace[1, : len(scores)], workspace[2, : len(scores)]
     top = scores.amax(dim=1, keepdim=True)
-    label_score = scores.gather(1, index)
-    if n_sigma is None:
+    label = scores.gather(1, index)
+    if settings.n_sigma is None:
         threshold = torch.full_like(top, float("-inf"))
     else:
         below_top = torch.nextafter(top, torch.full_like(top, float("-inf")))
-        threshold = torch.minimum(top - n_sigma * _row_std(scores, work), below_top)
-
-    weights = torch.sub(scores, top, out=work).exp_()
-    label_weight = weights.gather(1, index)
-    others = weights.scatter_(1, index, 0)
+        threshold = torch.minimum(top - settings.n_sigma * _row_std(scores, work), below_top)
+    others = torch.sub(scores, top, out=work).exp_().scatter_(1, index, 0)
     rest = others.sum(dim=1, keepdim=True)
-    if n_sigma is None:
+    if settings.n_sigma is None:
         kept_rest = rest
     else:
-        torch.gt(scores, threshold, out=kept_mask)
-        kept_rest = torch.linalg.vecdot(others, kept_mask).unsqueeze(1)
+        kept_rest = torch.linalg.vecdot(others, torch.gt(scores, threshold, out=mask)).unsqueeze(1)
+    tie_matters = settings.lam < torch.finfo(scores.dtype).eps
+    runner_up = others.amax(dim=1, keepdim=True) if tie_matters else torch.zeros_like(top)
+    return torch.cat([top, threshold, label, rest, kept_rest, runner_up], dim=1).t()
 
-    total = rest + label_weight
-    log_total = torch.log1p(rest + (label_weight - 1))
-    label_log_prob = label_score - top - log_total
-    label_kept = label_score > threshold
-    kept = kept_rest + torch.where(label_kept, label_weight, 0)
-    dropped_share = ((rest - kept_rest) + torch.where(label_kept, 0, label_weight)) / total
+
+def _closed_form(row: RowSums, settings: TargetSettings) -> tuple[Tensor, Tensor]:
+    """KL ``(N,)`` and the coefficients ``(4, N)`` of `row_kl`."""
+    lam = settings.lam
+    label_weight = (row.label - row.top).exp()
+    total = row.rest + label_weight
+    log_total = torch.log1p(row.rest + (label_weight - 1))
+    label_log_prob = row.label - row.top - log_total
+    label_kept = row.label > row.threshold
+    kept_label_weight = torch.where(label_kept, label_weight, 0)
+    kept = row.kept_rest + kept_label_weight
     kept_share = kept / total
-    label_filtered = torch.where(label_kept, label_weight, 0) / kept
+    dropped_share = ((row.rest - row.kept_rest) + (label_weight - kept_label_weight)) / total
+    label_filtered = kept_label_weight / kept
     label_target = lam + (1 - lam) * label_filtered
 
-    if settings.check:
-        # The rival of a label on top is the runner-up; lam alone decides against it unless lam is lost in rounding.
-        runner_up = others.amax(dim=1, keepdim=True) if lam < torch.finfo(scores.dtype).eps else torch.zeros_like(top)
-        rival = torch.where(label_score < top, 1, runner_up) / kept
-        passed = label_target > (1 - lam) * rival
-    else:
-        passed = torch.ones_like(label_kept)
-
     own_part = torch.where(label_target > 0, label_target * (label_target.log() - label_log_prob), 0)
-    if lam < 1:
-        kept_part = (1 - lam) * (kept_rest / kept) * (math.log1p(-lam) - kept_share.log())
-    else:
-        kept_part = torch.zeros_like(own_part)
-    kl = torch.where(passed, own_part + kept_part, -label_log_prob).clamp(min=0)
-
-    kept_factor = torch.where(passed, (lam - dropped_share) / kept_share, 1)
-    mixed_gradient = torch.where(
+    kl = own_part if lam == 1 else own_part + (1 - lam) * (row.kept_rest / kept) * (math.log1p(-lam) - kept_share.log())
+    kept_factor = (lam - dropped_share) / kept_share
+    label_gradient = torch.where(
         label_kept,
-        -lam * (rest / total) - (1 - lam) * label_filtered * dropped_share,
+        -lam * (row.rest / total) - (1 - lam) * label_filtered * dropped_share,
         label_weight / total - lam,
     )
-    label_gradient = torch.where(passed, mixed_gradient, -rest / total)
-    return kl.squeeze(1), torch.stack([top + log_total, threshold, kept_factor, label_gradient]).squeeze(2)
+    if settings.check:
+        # The rival of a label on top is the runner-up, which has lost unless lam is lost in rounding.
+        rival = torch.where(row.label < row.top, 1, row.runner_up) / kept
+        passed = label_target > (1 - lam) * rival
+        kl = torch.where(passed, kl, -label_log_prob)
+        kept_factor = torch.where(passed, kept_factor, 1)
+        label_gradient = torch.where(passed, label_gradient, -row.rest / total)
+    return kl.clamp(min=0), torch.stack([row.top + log_total, row.threshold, kept_factor, label_gradient])
 
 
 def _row_std(scores: Tensor, work: Tensor) -> Tensor:
