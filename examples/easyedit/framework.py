@@ -1,0 +1,135 @@
+"""What the example scripts share: hparams files fitted to a model at hand, and EasyEdit's scores in the paper's words."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import yaml
+
+MEASURES = ("Rel", "Gen", "Por", "Loc")
+HPARAMS = Path(__file__).parent / "hparams"
+CLASSES = {
+    "FT": ("easyeditor.models.ft", "FTHyperParams"),
+    "LoRA": ("easyeditor.models.lora", "LoRAHyperParams"),
+    "MELO": ("easyeditor.models.melo", "MELOHyperParams"),
+    "WISE": ("easyeditor.models.wise", "WISEHyperParams"),
+}
+
+Config = dict[str, Any]
+Request = dict[str, Any]
+Scores = dict[str, float]
+
+
+def load_config(path: Path, model: str | None = None, **changes: Any) -> Config:
+    """An hparams file, for another model where one is named; ``token_loss=None`` takes the key out."""
+    config: Config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if model is not None:
+        fit_to_model(config, model)
+    config.update(changes)
+    if config.get("token_loss") is None:
+        config.pop("token_loss", None)
+    return config
+
+
+def fit_to_model(config: Config, model: str) -> None:
+    """Point the file at another model: its path everywhere, its depth wherever a layer is named, the CPU without CUDA."""
+    depth = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    old_depth = 32
+
+    def fit(layer: int) -> int:
+        return layer * depth // old_depth if old_depth > depth else layer
+
+    def fit_path(path: str) -> str:
+        return re.sub(r"(layers[.\[])(\d+)", lambda found: found[1] + str(fit(int(found[2]))), path)
+
+    config["model_name"] = model
+    if not torch.cuda.is_available():
+        config["device"] = "cpu"
+    if config["alg_name"] == "FT":
+        config["layers"] = sorted({fit(layer) for layer in config["layers"]})
+    elif config["alg_name"] == "WISE":
+        config["inner_params"] = [fit_path(path) for path in config["inner_params"]]
+    elif config["alg_name"] == "MELO":
+        section = config["model"]
+        section["name"] = section["tokenizer_name"] = config["lora"]["cls_name"] = model
+        section["target_modules"] = sorted({fit_path(path) for path in section["target_modules"]})
+        first = min(int(number) for number in re.findall(r"layers\.(\d+)", " ".join(section["target_modules"])))
+        section["grace_layer"] = re.sub(r"layers\.\d+", f"layers.{max(first - 1, 0)}", section["grace_layer"])
+
+
+def load_hparams(config: Config) -> Any:
+    """The hparams object that EasyEdit makes of a config, read from a file as any user's."""
+    module, name = CLASSES[config["alg_name"]]
+    hparams_class = getattr(__import__(module, fromlist=[name]), name)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "hparams.yaml")
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        return hparams_class.from_hparams(str(path))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """EasyEdit prints every step and logs every edit; not here."""
+    logging.disable(logging.INFO)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def scores_of(before: dict[str, Any], after: dict[str, Any]) -> Scores:
+    """One edit's measures in percent, from what EasyEdit's `compute_edit_quality` said before and after it.
+
+    A measure is the mean over its kinds of probes; portability kinds whose name begins with "rephrase" count as Gen.
+    Locality is the share of answer tokens that stayed the same, as EasyEdit counts it. A measure without probes is left
+    out.
+    """
+    portability = {key.removesuffix("_acc"): fmean(value) for key, value in after["portability"].items()}
+    rephrased = [value for key, value in portability.items() if key.startswith("rephrase")]
+    if "rephrase_acc" in after:
+        rephrased.append(fmean(after["rephrase_acc"]))
+    groups = {
+        "Rel": [fmean(after["rewrite_acc"])],
+        "Gen": rephrased,
+        "Por": [value for key, value in portability.items() if not key.startswith("rephrase")],
+        "Loc": [
+            fmean(map(_agreement, before["locality"][key], outputs))
+            for key, outputs in after["locality"].items()
+            if key.endswith("_output")
+        ],
+    }
+    return {measure: 100 * fmean(values) for measure, values in groups.items() if values}
+
+
+def _agreement(before: Any, after: Any) -> float:
+    if not isinstance(before, list):
+        before, after = [before], [after]
+    return fmean(float(old == new) for old, new in zip(before, after, strict=True)) if before else 1.0
+
+
+def average(rows: list[Scores]) -> Scores:
+    """The mean of each measure over edits, and of the four measures."""
+    means = {m: fmean(row[m] for row in rows if m in row) for m in MEASURES if any(m in row for row in rows)}
+    return {**means, "Avg": fmean(means.values())}
+
+
+def examine(model: Any, editor: Any, request: Request) -> dict[str, Any]:
+    """EasyEdit's own evaluation of a model on one request."""
+    from easyeditor.evaluate import compute_edit_quality
+
+    hparams = editor.hparams
+    found: dict[str, Any] = compute_edit_quality(
+        model, editor.model_name, hparams, editor.tok, request, hparams.device, eval_metric="token_em"
+    )
+    return found

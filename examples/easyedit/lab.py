@@ -1,0 +1,245 @@
+"""EasyEdit's four methods on the lab's world, with and without the flag, scored by EasyEdit's own evaluation.
+
+    EASYEDIT_ROOT=~/EasyEdit python examples/easyedit/lab.py                     # 40 single edits a method
+    EASYEDIT_ROOT=~/EasyEdit python examples/easyedit/lab.py --in-a-row 100     # 100 edits in a row, scored after the last
+
+Each method and loss is one job in a process of its own (EasyEdit keeps state in its modules). Finished edits are kept in
+--out, so the same command goes on where an interrupted one stopped; a row of edits starts again from its first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from framework import HPARAMS, MEASURES, Config, Request, average, examine, load_config, load_hparams, quiet, scores_of
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from overtone.lab.pretrain import load_or_train
+from overtone.lab.world import Edit, build_world
+
+FILES = {"FT": "ft-m", "LoRA": "lora", "MELO": "melo", "WISE": "wise"}
+
+# The files' values are for billions of parameters; a model of one million wants other steps.
+LAB: dict[str, Config] = {
+    "FT": {"layers": [1], "lr": 5e-3, "num_steps": 25},
+    "LoRA": {"lr": 5e-3, "num_steps": 50},
+    "MELO": {},
+    "WISE": {"n_iter": 50},
+}
+LAB_GRACE = {"num_iter": 50, "edit_lr": 5e-3, "init_radius": 1.0, "num_block": 120, "num_edit_per_block": 1}
+
+LOSSES: dict[str, Any] = {
+    "cross-entropy": None,
+    "cross-entropy held at 0.1": {"name": "cross_entropy", "hold_settled": 0.1},
+    "cross-entropy held at 0.3": {"name": "cross_entropy", "hold_settled": 0.3},
+    "overtone paper": {"name": "overtone", "hold_settled": False},
+    "overtone settled": {"name": "overtone", "hold_settled": True},
+    "overtone mean 0.05": {"name": "overtone", "hold_settled": 0.05},
+    "overtone mean 0.1": {"name": "overtone", "hold_settled": 0.1},
+    "overtone mean 0.2": {"name": "overtone", "hold_settled": 0.2},
+    "overtone": "overtone",
+}
+"""By name; "overtone" is the flag alone, with its default hold."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method with one loss."""
+
+    method: str
+    loss: str
+    edits: int
+    in_a_row: bool
+    seed: int
+    changes: str
+
+    @property
+    def key(self) -> str:
+        """The name of its file of results."""
+        regime = "row" if self.in_a_row else "single"
+        changes = "".join(c if c.isalnum() else "-" for c in self.changes)
+        return f"{self.method}_{self.loss.replace(' ', '-')}_{regime}-{self.edits}_seed{self.seed}{changes}"
+
+
+def request_of(edit: Edit, loc_prompt: str) -> Request:
+    """An edit of the lab as EasyEdit's requests are, one key a kind of probe; EasyEdit puts the space before a target."""
+    request: Request = {
+        "prompt": edit.prompt,
+        "target_new": edit.target_new.strip(),
+        "ground_truth": edit.target_old.strip(),
+        "subject": edit.subject,
+        "rephrase_prompt": edit.generality[0].prompt,
+        "loc_prompt": loc_prompt,
+        "portability": {},
+        "locality": {},
+    }
+    for number, probe in enumerate(edit.generality[1:], start=2):
+        request["portability"][f"rephrase{number}"] = {"prompt": [probe.prompt], "ground_truth": [probe.target.strip()]}
+    for name, probes in (("portability", edit.portability), ("locality", edit.locality)):
+        for probe in probes:
+            kind = request[name].setdefault(probe.kind, {"prompt": [], "ground_truth": []})
+            kind["prompt"].append(probe.prompt)
+            kind["ground_truth"].append(probe.target.strip())
+    return request
+
+
+def requests_of(count: int, seed: int) -> list[Request]:
+    """Requests for edits of the lab's world; WISE's loc_prompts are facts that no edit or probe touches."""
+    world = build_world(0)
+    edits = world.edits(count, seed=seed)
+    used = {probe.prompt for edit in edits for probe in (*edit.generality, *edit.portability, *edit.locality)}
+    used |= {edit.prompt for edit in edits}
+    subjects = {edit.subject for edit in edits}
+    free = [
+        probe.prompt
+        for probe in world.fact_probes()
+        if probe.prompt not in used and not any(subject in probe.prompt for subject in subjects)
+    ]
+    free.sort(key=len)
+    return [request_of(edit, free[number % len(free)]) for number, edit in enumerate(edits)]
+
+
+def config_of(job: Job, model: str) -> Config:
+    """The method's yaml file, fitted to the lab's model."""
+    config = load_config(HPARAMS / f"{FILES[job.method]}-llama-2-7b-chat.yaml", model, **LAB[job.method])
+    if job.method == "MELO":
+        config["grace"].update(LAB_GRACE)
+    for change in filter(None, job.changes.split(",")):
+        name, _, value = change.partition("=")
+        section = config["grace"] if job.method == "MELO" and name in config["grace"] else config
+        section[name] = json.loads(value)
+    config.pop("token_loss", None)
+    if LOSSES[job.loss] is not None:
+        config["token_loss"] = LOSSES[job.loss]
+    return config
+
+
+def perform(job: Job, model: str, out: Path) -> str:
+    """Run one job, appending each finished edit to its file."""
+    os.chdir(tempfile.mkdtemp())
+    sys.path.insert(0, os.environ["EASYEDIT_ROOT"])
+    import torch
+    from easyeditor import BaseEditor
+
+    import overtone.easyedit
+
+    torch.set_num_threads(1)
+    overtone.easyedit.install(["FT", "LoRA", "MELO", "WISE"])
+    requests = requests_of(job.edits, job.seed)
+    file = out / f"{job.key}.jsonl"
+    done = {json.loads(line)["case"] for line in file.read_text().splitlines()} if file.exists() else set()
+    left = [case for case in range(job.edits) if case not in done]
+    if not left:
+        return job.key
+
+    def edit(editor: Any, requests: list[Request], *, sequential: bool) -> tuple[list[Any], Any]:
+        torch.manual_seed(job.seed)
+        metrics, edited, _ = editor.edit_requests(requests, sequential_edit=sequential, verbose=False)
+        return metrics, edited
+
+    if not job.in_a_row:
+        editor = None
+        for case in left:
+            start = time.perf_counter()
+            with quiet():
+                if editor is None or job.method == "MELO":  # MELO keeps its edits: a new editor for each
+                    editor = BaseEditor.from_hparams(load_hparams(config_of(job, model)))
+                metrics, _ = edit(editor, [requests[case]], sequential=False)
+            record = scores_of(metrics[0]["pre"], metrics[0]["post"])
+            _append(file, {"case": case, **record, "seconds": time.perf_counter() - start})
+        return job.key
+
+    start = time.perf_counter()
+    with quiet():
+        hparams = load_hparams(config_of(job, model))
+        if job.method == "WISE":
+            hparams.sequential_edit = True  # no field of its hparams; without it earlier edits are dropped
+        editor = BaseEditor.from_hparams(hparams)
+        metrics, edited = edit(editor, requests, sequential=job.method != "MELO")
+        after = [examine(edited, editor, request) for request in requests]
+    for case, (request_metrics, found) in enumerate(zip(metrics, after, strict=True)):
+        record = scores_of(request_metrics["pre"], found)
+        _append(file, {"case": case, **record, "seconds": (time.perf_counter() - start) / len(requests)})
+    return job.key
+
+
+def _append(file: Path, record: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
+def summary(jobs: list[Job], out: Path) -> list[dict[str, Any]]:
+    """One row a job, as far as it got."""
+    rows = []
+    for job in jobs:
+        file = out / f"{job.key}.jsonl"
+        records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        if records:
+            means = average([{m: record[m] for m in MEASURES if m in record} for record in records])
+            rows.append({**asdict(job), "done": len(records), **{name: round(value, 1) for name, value in means.items()}})
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table."""
+    lines = [f"| method | loss | {' | '.join((*MEASURES, 'Avg'))} |", "|---|---|" + "---|" * 5]
+    for row in rows:
+        values = " | ".join(str(row.get(name, "")) for name in (*MEASURES, "Avg"))
+        changed = f" ({row['changes']})" if row["changes"] else ""
+        lines.append(f"| {row['method']} | {row['loss']}{changed} | {values} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the jobs that are left, then print the table and write it beside the records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--edits", type=int, default=40, help="single edits a method")
+    parser.add_argument("--in-a-row", type=int, metavar="N", help="instead: N edits in a row, scored after the last")
+    parser.add_argument("--methods", default="FT,LoRA,MELO,WISE")
+    parser.add_argument("--losses", default="cross-entropy,cross-entropy held at 0.1,overtone paper,overtone")
+    parser.add_argument("--change", default="", help="hparams to change, as act_ratio=0.5,n_iter=30")
+    parser.add_argument("--seed", type=int, default=0, help="which facts are edited")
+    parser.add_argument("--out", type=Path, default=Path("easyedit-lab"))
+    parser.add_argument("--workers", type=int, default=1)
+    arguments = parser.parse_args()
+    if "EASYEDIT_ROOT" not in os.environ:
+        parser.error("set EASYEDIT_ROOT to a checkout of https://github.com/zjunlp/EasyEdit")
+    losses = [name.strip() for name in arguments.losses.split(",")]
+    if unknown := set(losses) - set(LOSSES) | set(methods := arguments.methods.split(",")) - set(FILES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; losses: {', '.join(LOSSES)}; methods: {', '.join(FILES)}")
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    template = Job("", "", arguments.in_a_row or arguments.edits, bool(arguments.in_a_row), arguments.seed, arguments.change)
+    jobs = [replace(template, method=method, loss=loss) for method in methods for loss in losses]
+    lab_model = load_or_train(build_world(0))
+    lab_model.knowledge.require()
+    with (
+        Progress(console=Console(stderr=True)) as progress,
+        ProcessPoolExecutor(arguments.workers, get_context("spawn"), max_tasks_per_child=1) as pool,
+    ):
+        bar = progress.add_task("jobs", total=len(jobs))
+        for future in as_completed([pool.submit(perform, job, str(lab_model.path), out) for job in jobs]):
+            progress.update(bar, advance=1, description=future.result())
+    rows = summary(jobs, out)
+    (out / "summary.json").write_text(json.dumps({"command": sys.argv, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    (out / "summary.md").write_text(markdown(rows) + "\n", encoding="utf-8")
+    table = Table("method", "loss", *MEASURES, "Avg", title="edits in a row" if arguments.in_a_row else "single edits")
+    for row in rows:
+        table.add_row(row["method"], row["loss"], *(f"{row.get(name, float('nan')):.1f}" for name in (*MEASURES, "Avg")))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
