@@ -19,6 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutput
 
 import overtone
 from overtone import OverToneConfig
@@ -206,10 +207,28 @@ class TestVerification:
         assert not model._forward_hooks
         assert not model._forward_hooks_with_kwargs
 
+    def test_a_model_that_keeps_count_does_not_count_the_check(self, model):
+        """Statistics of training mode stay as they are, and random numbers that even evaluation draws come again."""
+
+        class Counting(LlamaForCausalLM):
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                self.draw = torch.rand(1)
+                self.counted.add_(int(self.training))
+                return super().forward(*args, **kwargs)
+
+        counting = Counting(model.config).train()
+        counting.register_buffer("counted", torch.zeros(1))
+        state = torch.get_rng_state()
+        attach(counting)
+        assert hasattr(counting, "draw")
+        assert counting.counted == 0
+        assert torch.equal(torch.get_rng_state(), state)
+
     def test_parameters_on_the_meta_device_are_not_run(self):
         """A model that is not loaded yet is verified in its first training step."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(tiny_models.CONFIGS["llama"]())
+        model.forward = lambda **inputs: pytest.fail("run without its parameters")
         attach(model).detach()
 
 
@@ -266,6 +285,13 @@ class TestBypass:
             model.forward = own_loss
             with pytest.raises(RuntimeError, match=r"bypassed by a forward that does not call self.loss_function"):
                 model(**batch)
+
+    def test_replicas_in_threads_are_not_watched(self, model, batch):
+        """DataParallel's replicas share the note of a call, which could be another replica's."""
+        with attach(model):
+            replica = model._replicate_for_data_parallel()
+            replica.forward = lambda **inputs: CausalLMOutput(loss=torch.ones(()))
+            assert replica(**batch).loss == 1
 
     def test_dtensor_logits_are_refused_with_the_reason(self):
         """Vocabulary shards cannot be filtered one by one."""
