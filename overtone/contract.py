@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Reduction = Literal["none", "mean", "sum"]
+REDUCTIONS = get_args(Reduction)
 
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -35,8 +36,8 @@ def check_hyperparameters(
 
 def check_reduction(reduction: str) -> None:
     """Raise a ValueError unless the reduction is one of torch's three."""
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
 
 
 def _check_number(name: str, value: object, expected: str, accepted: Callable[[float], bool]) -> None:
