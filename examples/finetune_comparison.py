@@ -191,7 +191,8 @@ def main() -> None:
         records.write_text("".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes))
     caption = (
         f"{TEXTS} long texts a set, {options.seeds} sets, {EPOCHS} epochs at most, batches of {BATCH}, AdamW at "
-        f"{LEARNING_RATE}, all weights; means with 95% intervals over the sets. `python examples/finetune_comparison.py`"
+        f"{LEARNING_RATE}, all weights; means with 95% intervals over the sets. "
+        "`python examples/finetune_comparison.py`"
     )
     options.out.with_suffix(".md").write_text(f"{caption}\n\n{table(outcomes)}")
     print(table(outcomes))

@@ -233,33 +233,38 @@ class TestVerification:
 
 
 class TestBypass:
-    def liger_forward(self) -> Any:
-        """A forward as Liger puts it on a model: written in its package, wrapped as transformers wraps its own."""
-        namespace: dict[str, Any] = {"__name__": "liger_kernel.transformers.model.llama", "torch": torch}
+    FUSED = (
+        ("liger_kernel.transformers.model.llama", "Liger's fused_linear_cross_entropy"),
+        ("trl.trainer.sft_trainer", "TRL's loss_type='chunked_nll'"),
+    )
+    """Where Liger, and TRL up to 1.6, write the forward that they put on a model."""
+
+    def fused_forward(self, written_in: str) -> Any:
+        namespace: dict[str, Any] = {"__name__": written_in}
         exec(
-            "def lce_forward(self, input_ids=None, labels=None, **kwargs):\n"
+            "def fused_forward(self, input_ids=None, labels=None, **kwargs):\n"
             "    outputs = type(self).forward(self, input_ids=input_ids)\n"
             "    outputs.loss = outputs.logits.sum() * 0\n"
             "    return outputs\n",
             namespace,
         )
-        return namespace["lce_forward"]
+        return namespace["fused_forward"]
 
-    def test_ligers_fused_loss_is_refused_by_name(self, model):
-        """It never builds the logits, and only in training, so the check in evaluation mode cannot see it."""
-        model.forward = self.liger_forward().__get__(model)
-        with pytest.raises(ValueError, match="Liger's fused_linear_cross_entropy"):
+    @pytest.mark.parametrize(("written_in", "name"), FUSED)
+    def test_a_fused_loss_is_refused_by_name(self, model, written_in, name):
+        """It never builds the logits; Liger's only in training, so the check in evaluation mode cannot see it."""
+        model.forward = self.fused_forward(written_in).__get__(model)
+        with pytest.raises(ValueError, match=f"with {name}.*which bypasses it.*compute_loss_func"):
             attach(model)
 
-    def test_ligers_fused_loss_put_on_later_is_refused_by_name(self, model, batch):
-        """Trainer applies it when training starts, after attach; evaluation without gradients is let through."""
+    @pytest.mark.parametrize(("written_in", "name"), FUSED)
+    def test_a_fused_loss_put_on_later_is_refused_by_name(self, model, batch, written_in, name):
+        """Trainers put it on when training starts, after attach; evaluation without gradients is let through."""
         with attach(model):
-            model.forward = self.liger_forward().__get__(model)
+            model.forward = self.fused_forward(written_in).__get__(model)
             with torch.no_grad():
                 model(**batch)
-            with pytest.raises(
-                RuntimeError, match=r"bypassed by Liger's fused_linear_cross_entropy.*compute_loss_func"
-            ):
+            with pytest.raises(RuntimeError, match=f"bypassed by {name}.*compute_loss_func"):
                 model(**batch)
 
     def test_trls_fused_head_is_refused_by_name(self, model, batch):
@@ -356,6 +361,12 @@ class TestDetach:
 
         def own_loss(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             return logits.sum()
+
+        only = attach(model)
+        model.loss_function = own_loss
+        with pytest.warns(UserWarning, match="assigned by something else"):
+            only.detach()
+        assert model.loss_function is own_loss
 
         first = attach(model)
         model.loss_function = own_loss

@@ -110,9 +110,7 @@ class TestLossMask:
         total = (tokens * weights[:, 1:]).sum()
         counted = weights[:, 1:][labels[:, 1:] != -100].sum()
         torch.testing.assert_close(causal_lm_loss(logits, labels, loss_mask=weights), total / counted)
-        torch.testing.assert_close(
-            causal_lm_loss(logits, labels, loss_mask=weights, num_items_in_batch=5), total / 5
-        )
+        torch.testing.assert_close(causal_lm_loss(logits, labels, loss_mask=weights, num_items_in_batch=5), total / 5)
 
     def test_shift_labels_take_a_mask_aligned_with_them(self):
         """The mask is shifted exactly when the labels are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,20 @@ class TestTokenStatesCallback:
         )
         trainer.train()
         assert trainer.state.global_step == 4
+
+    def test_a_hold_under_fp16_is_refused(self):
+        """torch's gradient scaler fails on a held step, as the control shows."""
+        model = tiny_models.build()
+        optimizer = torch.optim.AdamW(model.parameters())
+        scaler = torch.amp.GradScaler("cpu")
+        with attach(model, HELD):
+            scaler.scale(model(**tiny_models.ragged_batch(model)).loss).backward()
+        with pytest.raises(AssertionError, match="No inf checks were recorded"):
+            scaler.step(optimizer)
+        callback, fp16 = TokenStatesCallback(HELD), types.SimpleNamespace(fp16=True)
+        with pytest.raises(ValueError, match="hold_settled=True cannot be used with fp16=True"):
+            callback.on_train_begin(fp16, None, None)
+        TokenStatesCallback().on_train_begin(fp16, None, None)
 
     @pytest.mark.parametrize(
         ("value", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)]

@@ -37,7 +37,8 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
             stops. With several batches an epoch, give at least their number.
 
     Raises:
-        ValueError, TypeError: for a stop_after_held that is not a whole number of steps, 1 or more.
+        ValueError, TypeError: for a stop_after_held that is not a whole number of steps, 1 or more; when training
+            begins, for a hold with fp16=True, whose gradient scaler fails on a step without gradients.
     """
 
     def __init__(self, config: OverToneConfig | None = None, *, stop_after_held: int | None = None) -> None:
@@ -62,7 +63,12 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
         self._step = sums if self._step is None else self._step + sums
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget an earlier run."""
+        """Forget an earlier run; refuse a hold under fp16, whose gradient scaler fails on a step without gradients."""
+        if args.fp16 and self.config.hold_settled is not False:
+            raise ValueError(
+                f"hold_settled={self.config.hold_settled!r} cannot be used with fp16=True: torch's gradient scaler "
+                "raises in a step without gradients; train with bf16=True, or pass hold_settled=False"
+            )
         self._step = None
         self._logged = torch.zeros_like(self._logged)
         self._held_steps = 0
