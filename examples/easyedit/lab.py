@@ -38,7 +38,7 @@ LAB: dict[str, Config] = {
     "MELO": {},
     "WISE": {"n_iter": 50},
 }
-LAB_GRACE = {"num_iter": 50, "edit_lr": 5e-3, "init_radius": 1.0, "num_block": 120, "num_edit_per_block": 1}
+LAB_GRACE = {"num_iter": 50, "edit_lr": 5e-3, "init_radius": 3.0, "num_block": 120, "num_edit_per_block": 1}
 
 LOSSES: dict[str, Any] = {
     "cross-entropy": None,
@@ -116,7 +116,7 @@ def config_of(job: Job, model: str) -> Config:
     config = load_config(HPARAMS / f"{FILES[job.method]}-llama-2-7b-chat.yaml", model, **LAB[job.method])
     if job.method == "MELO":
         config["grace"].update(LAB_GRACE)
-    for change in filter(None, job.changes.split(",")):
+    for change in filter(None, job.changes.split(";")):
         name, _, value = change.partition("=")
         section = config["grace"] if job.method == "MELO" and name in config["grace"] else config
         section[name] = json.loads(value)
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--in-a-row", type=int, metavar="N", help="instead: N edits in a row, scored after the last")
     parser.add_argument("--methods", default="FT,LoRA,MELO,WISE")
     parser.add_argument("--losses", default="cross-entropy,cross-entropy held at 0.1,overtone paper,overtone")
-    parser.add_argument("--change", default="", help="hparams to change, as act_ratio=0.5,n_iter=30")
+    parser.add_argument("--change", default="", help="hparams to change, as "act_ratio=0.5;n_iter=30"")
     parser.add_argument("--seed", type=int, default=0, help="which facts are edited")
     parser.add_argument("--out", type=Path, default=Path("easyedit-lab"))
     parser.add_argument("--workers", type=int, default=1)

@@ -13,7 +13,9 @@ from overtone.easyedit.hparams import KEY, choose, loader
 from overtone.easyedit.lora import LORA, LORA_UNS, QLORA
 from overtone.easyedit.melo import MELO
 from overtone.easyedit.patching import Patches
+from overtone.easyedit.running import logger
 from overtone.easyedit.trainers import MODELS, SeamError, Trainer
+from overtone.easyedit.traps import traps
 from overtone.easyedit.wise import WISE
 
 TRAINERS = (FT, LORA, MELO, WISE, QLORA, LORA_UNS, FT_UNS)
@@ -133,6 +135,8 @@ def _check_file(cls: type, config: dict[str, Any]) -> None:
         raise ValueError(_not_supported(str(config.get("alg_name", cls.__name__))))
     if config[KEY] is not None:
         choose(config[KEY], trainer.preset)
+    for trap in traps(config):
+        logger.warning("%s: %s", config.get("model_name", cls.__name__), trap)
 
 
 def _refuse_elsewhere(patches: Patches) -> None:
