@@ -1,4 +1,4 @@
-"""What the example scripts share: hparams files fitted to a model at hand, and EasyEdit's scores in the paper's words."""
+"""What the example scripts share: hparams files fitted to a model, and EasyEdit's scores in the paper's words."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def load_config(path: Path, model: str | None = None, **changes: Any) -> Config:
 
 
 def fit_to_model(config: Config, model: str) -> None:
-    """Point the file at another model: its path everywhere, its depth wherever a layer is named, the CPU without CUDA."""
+    """Point the file at another model: its path everywhere, its depth where a layer is named, the CPU without CUDA."""
     depth = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     old_depth = 32
 

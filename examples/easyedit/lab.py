@@ -1,10 +1,10 @@
 """EasyEdit's four methods on the lab's world, with and without the flag, scored by EasyEdit's own evaluation.
 
     EASYEDIT_ROOT=~/EasyEdit python examples/easyedit/lab.py                     # 40 single edits a method
-    EASYEDIT_ROOT=~/EasyEdit python examples/easyedit/lab.py --in-a-row 100     # 100 edits in a row, scored after the last
+    EASYEDIT_ROOT=~/EasyEdit python examples/easyedit/lab.py --in-a-row 100     # in a row, scored after the last
 
-Each method and loss is one job in a process of its own (EasyEdit keeps state in its modules). Finished edits are kept in
---out, so the same command goes on where an interrupted one stopped; a row of edits starts again from its first.
+Each method and loss is one job in a process of its own (EasyEdit keeps state in its modules). Finished edits are kept
+in --out, so the same command goes on where an interrupted one stopped; a row of edits starts again from its first.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import os
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class Job:
 
 
 def request_of(edit: Edit, loc_prompt: str) -> Request:
-    """An edit of the lab as EasyEdit's requests are, one key a kind of probe; EasyEdit puts the space before a target."""
+    """An edit of the lab as EasyEdit's requests are, one key a kind of probe; it puts the space before a target."""
     request: Request = {
         "prompt": edit.prompt,
         "target_new": edit.target_new.strip(),
@@ -188,7 +188,8 @@ def summary(jobs: list[Job], out: Path) -> list[dict[str, Any]]:
         records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         if records:
             means = average([{m: record[m] for m in MEASURES if m in record} for record in records])
-            rows.append({**asdict(job), "done": len(records), **{name: round(value, 1) for name, value in means.items()}})
+            rounded = {name: round(value, 1) for name, value in means.items()}
+            rows.append({**asdict(job), "done": len(records), **rounded})
     return rows
 
 
@@ -209,7 +210,7 @@ def main() -> None:
     parser.add_argument("--in-a-row", type=int, metavar="N", help="instead: N edits in a row, scored after the last")
     parser.add_argument("--methods", default="FT,LoRA,MELO,WISE")
     parser.add_argument("--losses", default="cross-entropy,cross-entropy held at 0.1,overtone paper,overtone")
-    parser.add_argument("--change", default="", help="hparams to change, as "act_ratio=0.5;n_iter=30"")
+    parser.add_argument("--change", default="", help="hparams to change, as act_ratio=0.5;n_iter=30")
     parser.add_argument("--seed", type=int, default=0, help="which facts are edited")
     parser.add_argument("--out", type=Path, default=Path("easyedit-lab"))
     parser.add_argument("--workers", type=int, default=1)
@@ -221,23 +222,26 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; losses: {', '.join(LOSSES)}; methods: {', '.join(FILES)}")
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    template = Job("", "", arguments.in_a_row or arguments.edits, bool(arguments.in_a_row), arguments.seed, arguments.change)
+    row = bool(arguments.in_a_row)
+    template = Job("", "", arguments.in_a_row or arguments.edits, row, arguments.seed, arguments.change)
     jobs = [replace(template, method=method, loss=loss) for method in methods for loss in losses]
     lab_model = load_or_train(build_world(0))
     lab_model.knowledge.require()
     with (
         Progress(console=Console(stderr=True)) as progress,
-        ProcessPoolExecutor(arguments.workers, get_context("spawn"), max_tasks_per_child=1) as pool,
+        get_context("spawn").Pool(arguments.workers, maxtasksperchild=1) as pool,
     ):
         bar = progress.add_task("jobs", total=len(jobs))
-        for future in as_completed([pool.submit(perform, job, str(lab_model.path), out) for job in jobs]):
-            progress.update(bar, advance=1, description=future.result())
+        for finished in pool.imap_unordered(partial(perform, model=str(lab_model.path), out=out), jobs):
+            progress.update(bar, advance=1, description=finished)
     rows = summary(jobs, out)
-    (out / "summary.json").write_text(json.dumps({"command": sys.argv, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    record = {"command": sys.argv, "rows": rows}
+    (out / "summary.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (out / "summary.md").write_text(markdown(rows) + "\n", encoding="utf-8")
-    table = Table("method", "loss", *MEASURES, "Avg", title="edits in a row" if arguments.in_a_row else "single edits")
-    for row in rows:
-        table.add_row(row["method"], row["loss"], *(f"{row.get(name, float('nan')):.1f}" for name in (*MEASURES, "Avg")))
+    columns = (*MEASURES, "Avg")
+    table = Table("method", "loss", *columns, title=f"{template.edits} {'edits in a row' if row else 'single edits'}")
+    for values in rows:
+        table.add_row(values["method"], values["loss"], *(f"{values.get(name, float('nan')):.1f}" for name in columns))
     Console().print(table)
 
 

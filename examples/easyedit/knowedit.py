@@ -1,0 +1,133 @@
+"""KnowEdit's ZsRE and WikiBio through EasyEdit, with the flag and without it: the rows of the paper's Table 1.
+
+    EASYEDIT_ROOT=~/EasyEdit python examples/easyedit/knowedit.py benchmark_ZsRE_ZsRE-test-all.json \\
+        --hparams examples/easyedit/hparams/lora-llama-2-7b-chat.yaml --out zsre-lora
+
+The files are those of huggingface.co/datasets/zjunlp/KnowEdit. Every finished edit is appended to --out, so the same
+command goes on where an interrupted one stopped. Measures are EasyEdit's, teacher-forced, in percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from framework import MEASURES, Request, Scores, average, load_config, load_hparams, quiet, scores_of
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+LOC_PROMPT = "The sky is"
+"""Unrelated and shorter than every edit; WISE needs one."""
+
+
+def read(path: Path) -> list[Request]:
+    """KnowEdit's records as EasyEdit's requests.
+
+    Raises:
+        ValueError: for a file that is neither in ZsRE's format nor in WikiBio's.
+    """
+    return [_request(record, path) for record in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def _request(record: dict[str, Any], path: Path) -> Request:
+    if "text" in record:  # WikiBio: a sentence that should follow a passage
+        prompt, target, truth, subject = record["text"], record["labels"], record["labels"], record["concept"]
+    elif "prompt" in record:
+        truth = record["ground_truth"]
+        prompt, target, subject = record["prompt"], record["target_new"], record["subject"]
+        truth = truth[0] if isinstance(truth, list) else truth
+    else:
+        raise ValueError(f"{path} is not in KnowEdit's ZsRE or WikiBio format: a record has {', '.join(record)}")
+    request: Request = {
+        "prompt": prompt,
+        "target_new": target,
+        "ground_truth": truth,
+        "subject": subject,
+        "loc_prompt": LOC_PROMPT,
+        "portability": _probes(record.get("portability") or {}),
+        "locality": _probes(record.get("locality") or {}),
+    }
+    if record.get("rephrase_prompt"):
+        request["rephrase_prompt"] = record["rephrase_prompt"]
+    return request
+
+
+def _probes(groups: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """Each group's prompts and first answers; a group without usable ones is left out."""
+    found = {}
+    for name, probes in groups.items():
+        pairs = [(probe["prompt"], answer) for probe in probes for answer in [_first(probe["ground_truth"])] if answer]
+        if pairs:
+            prompts, answers = zip(*pairs, strict=True)
+            found[name] = {"prompt": list(prompts), "ground_truth": list(answers)}
+    return found
+
+
+def _first(answer: Any) -> str:
+    while isinstance(answer, list):
+        answer = answer[0] if answer else ""
+    return str(answer)
+
+
+def edits(config: dict[str, Any], requests: list[Request], cases: list[int]) -> Iterator[tuple[int, Scores]]:
+    """Edit each case from the unedited model, and score it."""
+    from easyeditor import BaseEditor
+
+    editor = None
+    for case in cases:
+        with quiet():
+            if editor is None or config["alg_name"] == "MELO":  # MELO keeps its edits: a new editor for each
+                editor = BaseEditor.from_hparams(load_hparams(config))
+            metrics, _, _ = editor.edit_requests([requests[case]], sequential_edit=False, verbose=False)
+        yield case, scores_of(metrics[0]["pre"], metrics[0]["post"])
+
+
+def main() -> int:
+    """Run what is left, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--hparams", type=Path, required=True)
+    parser.add_argument("--model", help="folder of another model")
+    parser.add_argument("--limit", type=int, help="the first so many records")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    if "EASYEDIT_ROOT" in os.environ:
+        sys.path.insert(0, os.environ["EASYEDIT_ROOT"])
+    import overtone.easyedit
+
+    overtone.easyedit.install()
+    requests = read(arguments.data)[: arguments.limit]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    losses = {"cross-entropy": None, "overtone": load_config(arguments.hparams).get("token_loss", "overtone")}
+    console = Console(stderr=True)
+    table = Table("loss", "edits", *MEASURES, "Avg", title=f"{arguments.data.stem}, {arguments.hparams.stem}")
+    for name, token_loss in losses.items():
+        config = load_config(arguments.hparams, arguments.model, token_loss=token_loss)
+        file = arguments.out / f"{name}.jsonl"
+        records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        done = {record["case"] for record in records}
+        left = [case for case in range(len(requests)) if case not in done]
+        with Progress(console=console) as progress, file.open("a", encoding="utf-8") as stream:
+            bar = progress.add_task(name, total=len(requests), completed=len(requests) - len(left))
+            for case, scores in edits(config, requests, left):
+                records.append({"case": case, **scores})
+                stream.write(json.dumps(records[-1]) + "\n")
+                stream.flush()
+                progress.advance(bar)
+        records = [record for record in records if record["case"] < len(requests)]
+        if records:
+            means = average(records)
+            cells = (f"{means[m]:.1f}" if m in means else "-" for m in (*MEASURES, "Avg"))
+            table.add_row(name, str(len(records)), *cells)
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
