@@ -81,6 +81,23 @@ class TestNormalisation:
             loss.backward()
         assert logits.grad is None
 
+    def test_observer_sees_training_steps_alone(self):
+        """The logits and the next tokens, masked ones ignored; evaluation is not counted among the training tokens."""
+        logits, labels = logits_and_labels()
+        seen = []
+        observer = lambda *tensors: seen.append(tensors)  # noqa: E731
+        mask = torch.ones_like(labels)
+        mask[1] = 0
+        with torch.no_grad():
+            causal_lm_loss(logits, labels, observer=observer)
+        assert not seen
+        causal_lm_loss(logits, labels, loss_mask=mask, observer=observer)
+        ((seen_logits, next_tokens),) = seen
+        assert torch.equal(seen_logits, logits)
+        assert not seen_logits.requires_grad
+        expected = torch.nn.functional.pad(labels.masked_fill(mask == 0, -100)[:, 1:], (0, 1), value=-100)
+        assert torch.equal(next_tokens, expected)
+
     def test_logits_are_not_copied(self):
         """The labels are shifted, not the logits: what the loss keeps for its backward is the caller's own tensor."""
         logits, labels = logits_and_labels()

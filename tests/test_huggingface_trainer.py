@@ -208,6 +208,26 @@ class TestTokenStatesCallback:
         for logs in recorder.logs[1:]:
             assert not set(self.NAMES) & set(logs)
 
+    def test_each_log_covers_its_own_steps(self):
+        """Nothing is carried over from the last log, and evaluation's logs, which come between, take nothing."""
+        callback = TokenStatesCallback()
+        args = types.SimpleNamespace(fp16=False, device=torch.device("cpu"))
+        state, control = types.SimpleNamespace(log_history=[{}]), types.SimpleNamespace()
+        labels = torch.tensor([1, 1, 1, -100])
+        wrong, right = torch.tensor([[9.0, 0.0]]).repeat(4, 1), torch.tensor([[0.0, 9.0]]).repeat(4, 1)
+        logged = []
+        callback.on_train_begin(args, state, control)
+        for logits in (wrong, right, wrong):
+            callback.observe(logits, labels)
+            callback.on_step_end(args, state, control)
+            evaluation: dict[str, float] = {"eval_loss": 1.0}
+            callback.on_log(args, state, control, logs=evaluation)
+            assert set(evaluation) == {"eval_loss"}
+            training: dict[str, float] = {"loss": 1.0}
+            callback.on_log(args, state, control, logs=training)
+            logged.append(training["accuracy"])
+        assert logged == [0, 1, 0]
+
     def test_averages_over_the_steps_between_logs(self, tmp_path):
         """As Trainer's loss does."""
         model = tiny_models.build()
