@@ -35,7 +35,7 @@ class TestTwoProcesses:
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=120,
             check=False,
         )
         assert finished.returncode == 0, finished.stderr[-4000:]
