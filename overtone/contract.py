@@ -16,33 +16,40 @@ INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 
 def check_hyperparameters(
-    *,
-    epsilon: float,
-    n_sigma: float | None,
-    lam: float,
-    reduction: str = "mean",
-    hold_settled: bool | float = False,
+    epsilon: float, n_sigma: float | None, lam: float, check: bool, hold_settled: bool | float
 ) -> None:
     """Raise a ValueError or TypeError that names the argument, its value and what was expected."""
     _check_number("epsilon", epsilon, "a finite number of nats, 0 or above", lambda value: value >= 0)
     if n_sigma is not None:
         _check_number("n_sigma", n_sigma, "a finite number above 0, or None for no filter", lambda value: value > 0)
     _check_number("lam", lam, "a number in [0, 1]", lambda value: 0 <= value <= 1)
-    check_reduction(reduction)
+    if not isinstance(check, bool):
+        raise TypeError(f"check must be True or False, got {check!r} of type {type(check).__name__}")
+    check_hold(hold_settled)
+
+
+def check_hold(hold_settled: bool | float) -> None:
+    """Raise a ValueError or TypeError unless it is True, False or a number above 0."""
     if not isinstance(hold_settled, bool):
         expected = "True, False, or a mean KL in nats above 0 at which to hold"
         _check_number("hold_settled", hold_settled, expected, lambda value: value > 0)
 
 
-def check_reduction(reduction: str) -> None:
-    """Raise a ValueError unless the reduction is one of torch's three."""
+def check_reduction(reduction: str, ignore_index: int) -> None:
+    """Raise a ValueError or TypeError unless both are what CrossEntropyLoss takes."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(
+            f"ignore_index must be an integer label, got {ignore_index!r} of type {type(ignore_index).__name__}"
+        )
 
 
 def _check_number(name: str, value: object, expected: str, accepted: Callable[[float], bool]) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
+        raise TypeError(
+            f"{name} must be {expected}, got {value!r} of type {type(value).__name__}; pass a Python number"
+        )
     if not math.isfinite(value) or not accepted(value):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 

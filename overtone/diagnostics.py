@@ -84,7 +84,8 @@ def token_states(
         filtered = top_n_sigma_filter(source, config.n_sigma)
         candidate = mix_target(filtered.softmax(dim=1), truth, config.lam)
         log_prob[rows] = scores.log_softmax(dim=1).gather(1, truth.unsqueeze(1)).squeeze(1)
-        mixed[rows] = ground_truth_check(candidate, truth) if config.check else True
+        passed = ground_truth_check(candidate, truth) if config.check else torch.ones_like(truth, dtype=torch.bool)
+        mixed[rows] = passed & ~kl[rows].isnan()
         kept[rows] = (filtered > float("-inf")).sum(dim=1)
         correct[rows] = scores.argmax(dim=1) == truth
     settled = counted & (kl < config.epsilon)

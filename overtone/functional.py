@@ -14,6 +14,7 @@ from overtone.contract import (
     Reduction,
     check_hyperparameters,
     check_labels,
+    check_reduction,
     check_tensors,
     flatten_tokens,
     reduce_tokens,
@@ -89,11 +90,11 @@ def ground_truth_check(candidate: Tensor, labels: Tensor) -> Tensor:
         labels: ``(...)``, token ids in ``[0, V)``.
 
     Returns:
-        ``(...)``, bool. A tie is not a win.
+        ``(...)``, bool. A tie is not a win. A NaN candidate counts as passed, so that it reaches the loss.
     """
     index = labels.unsqueeze(-1)
     others = candidate.scatter(-1, index, float("-inf"))
-    return candidate.gather(-1, index).squeeze(-1) > others.amax(dim=-1)
+    return ~(candidate.gather(-1, index).squeeze(-1) <= others.amax(dim=-1))
 
 
 def build_target(logits: Tensor, labels: Tensor, n_sigma: float | None, lam: float, check: bool = True) -> Tensor:
@@ -127,7 +128,7 @@ def clipped_kl(target: Tensor, logits: Tensor, epsilon: float) -> Tensor:
         ``(...)``, in nats.
     """
     log_probs = logits.log_softmax(dim=-1)
-    terms = torch.where(target > 0, target * (target.log() - log_probs), 0)
+    terms = torch.where(target == 0, 0, target * (target.log() - log_probs))
     kl = terms.sum(dim=-1)
     return torch.where(kl < epsilon, epsilon, kl) if epsilon > 0 else kl
 
@@ -145,8 +146,12 @@ def reference_loss(
     reduction: Reduction = "mean",
     hold_settled: Hold = False,
 ) -> Tensor:
-    """The OverTone loss by its definition, for readers and for tests; arguments as in `overtone.overtone_loss`."""
-    check_hyperparameters(epsilon=epsilon, n_sigma=n_sigma, lam=lam, reduction=reduction, hold_settled=hold_settled)
+    """The OverTone loss by its definition, for readers and for tests; arguments as in `overtone.overtone_loss`.
+
+    float64 is its yardstick: in float32 a KL near 0 may round to a little below it.
+    """
+    check_hyperparameters(epsilon, n_sigma, lam, check, hold_settled)
+    check_reduction(reduction, ignore_index)
     check_tensors(logits, labels, reference_logits)
     refuse_hold_when_distributed(hold_settled)
     token_logits, token_labels, token_reference = flatten_tokens(logits, labels, reference_logits)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from overtone.contract import (
     Reduction,
     check_hyperparameters,
+    check_reduction,
     check_tensors,
     flatten_tokens,
     reduce_tokens,
@@ -51,7 +53,9 @@ def overtone_loss(
         ignore_index: label of positions that do not count: loss 0, gradient 0.
         reduction: "mean" over the counted tokens (0 if there is none), "sum", or "none" for one loss a token.
         hold_settled: beyond the paper. True: when every counted token is settled, the call gives no gradient at all,
-            so that an optimiser skips its step. A number: the same when the mean KL is at or below it.
+            so that an optimiser skips its step (with ``epsilon=0`` nothing ever settles). A number: the same when the
+            mean KL is at or below it. A call without counted tokens is held by either. `torch.amp.GradScaler` raises
+            in a step without gradients, so use it with float32 or bfloat16, not with float16 autocast.
 
     Returns:
         A scalar, or ``(...)`` for reduction "none"; float64 for float64 logits, else float32.
@@ -60,10 +64,13 @@ def overtone_loss(
         ValueError: for shapes that do not match, integer logits, labels out of range (on a CUDA device torch's own
             device-side assertion reports them), hyper-parameters out of range, or a hold under torch.distributed.
         TypeError: for an argument of the wrong type.
+        NotImplementedError: under forward-mode differentiation; the loss has first derivatives in reverse mode.
     """
-    check_hyperparameters(epsilon=epsilon, n_sigma=n_sigma, lam=lam, reduction=reduction, hold_settled=hold_settled)
+    check_hyperparameters(epsilon, n_sigma, lam, check, hold_settled)
+    check_reduction(reduction, ignore_index)
     check_tensors(logits, labels, reference_logits)
     refuse_hold_when_distributed(hold_settled)
+    _refuse_forward_mode(logits)
     token_logits, token_labels, reference = flatten_tokens(logits, labels, reference_logits)
     counted = token_labels != ignore_index
     sigmas = None if n_sigma is None else float(n_sigma)
@@ -72,6 +79,14 @@ def overtone_loss(
     if hold_settled is not False:
         token_loss = release_when_held(token_loss, kl.detach()[counted], epsilon, hold_settled)
     return reduce_tokens(token_loss, counted, reduction).reshape(labels.shape if reduction == "none" else ())
+
+
+def _refuse_forward_mode(logits: Tensor) -> None:
+    """The operator has no tangents; torch would take them to be zero."""
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(logits).tangent is not None:
+        raise NotImplementedError(
+            "overtone_loss has no forward-mode derivative: use backward(), or overtone.functional.reference_loss"
+        )
 
 
 @torch.library.custom_op(

@@ -37,7 +37,7 @@ def release_when_held(token_loss: Tensor, token_kl: Tensor, epsilon: float, hold
             it. A call without label tokens needs nothing, so it is held by either.
 
     Returns:
-        ``(N,)``: token_loss itself, or a leaf of the same values.
+        ``(N,)``: token_loss itself, or the same values with a graph of their own, which ends at once.
     """
     if hold_settled is False or not token_loss.requires_grad:
         return token_loss
@@ -47,4 +47,4 @@ def release_when_held(token_loss: Tensor, token_kl: Tensor, epsilon: float, hold
         held = bool((token_kl < epsilon).all())
     else:
         held = bool(token_kl.mean() <= hold_settled)
-    return token_loss.detach().requires_grad_() if held else token_loss
+    return token_loss.detach().requires_grad_().clone() if held else token_loss

@@ -11,6 +11,7 @@ from overtone.contract import (
     Reduction,
     check_hyperparameters,
     check_labels,
+    check_reduction,
     check_tensors,
     reduce_tokens,
     working_dtype,
@@ -49,7 +50,8 @@ def linear_overtone_loss(
     Args:
         hidden: ``(..., H)``, the last hidden states. Ignored positions cost nothing.
         weight: ``(V, H)``, of the output layer, in the precision of hidden (cast by autocast, where that is on). Its
-            gradient is only worked out if it is wanted; a weight tied to the embedding is fine.
+            gradient is only worked out if it is wanted, and added up in float32 for lower precisions; a weight tied to
+            the embedding is fine.
         labels: ``(...)``, token ids in ``[0, V)``, or ignore_index.
         bias: ``(V,)`` or None.
         chunk_size: rows whose logits are held at once; None for as many as make 2**24 logits.
@@ -62,7 +64,9 @@ def linear_overtone_loss(
     Raises:
         ValueError, TypeError: as `overtone_loss`, and for a weight, bias or chunk_size that does not fit.
     """
-    check_hyperparameters(epsilon=epsilon, n_sigma=n_sigma, lam=lam, reduction=reduction, hold_settled=hold_settled)
+    check_hyperparameters(epsilon, n_sigma, lam, check, hold_settled)
+    check_reduction(reduction, ignore_index)
+    _check_types(hidden, weight, bias)
     hidden, weight, bias = _in_autocast_dtype(hidden, weight, bias)
     _check_layer(hidden, weight, bias, chunk_size)
     check_tensors(hidden.new_empty(()).expand(*hidden.shape[:-1], len(weight)), labels, reference_logits)
@@ -72,8 +76,10 @@ def linear_overtone_loss(
     counted = token_labels != ignore_index
     rows = counted.nonzero().squeeze(1)
 
+    row_weight = torch.ones((), dtype=working_dtype(hidden), device=hidden.device)
     problem = _Problem(
         labels=token_labels[rows],
+        row_weight=row_weight / max(1, len(rows)) if reduction == "mean" else row_weight,
         reference=None if reference_logits is None else reference_logits.detach().reshape(-1, len(weight))[rows],
         settings=TargetSettings(n_sigma, lam, check),
         epsilon=float(epsilon),
@@ -86,6 +92,14 @@ def linear_overtone_loss(
     if hold_settled is not False:
         token_loss = release_when_held(token_loss, kl.detach(), epsilon, hold_settled)
     return reduce_tokens(token_loss, counted, reduction).reshape(labels.shape if reduction == "none" else ())
+
+
+def _check_types(hidden: object, weight: object, bias: object) -> None:
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if isinstance(hidden, Tensor) and not hidden.is_floating_point():
+        raise ValueError(f"hidden must be floating point, got {hidden.dtype}")
 
 
 def _in_autocast_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -115,9 +129,13 @@ def _check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size
 
 
 class _Problem(NamedTuple):
-    """What is constant for differentiation: labels ``(M,)`` of the counted rows, and how to work through them."""
+    """What is constant for differentiation: the counted rows' labels ``(M,)``, and how to work through them.
+
+    row_weight is the scalar that each row's gradient is multiplied by in the forward pass, as the reduction will.
+    """
 
     labels: Tensor
+    row_weight: Tensor
     reference: Tensor | None
     settings: TargetSettings
     epsilon: float
@@ -137,20 +155,22 @@ def _chunked(
     weight: Tensor,
     bias: Tensor | None,
     problem: _Problem,
-    row_weights: Tensor | None,
+    row_weights: Tensor,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, _Gradients]:
-    """KL of each row, and the wanted gradients of ``sum(row_weights * clipped KL)``.
+    """KL of each row, and the wanted gradients of ``sum(row_weights * clipped KL)``, a scalar or ``(M,)``.
 
-    row_weights None: 1 for each row.
+    The gradients of weight and bias, which are sums over chunks, are in working precision.
     """
     rows, vocabulary = len(hidden), len(weight)
-    kl = torch.empty(rows, dtype=working_dtype(hidden), device=hidden.device)
+    dtype = working_dtype(hidden)
+    kl = hidden.new_empty(rows, dtype=dtype)
     gradients = _Gradients(
         torch.empty_like(hidden) if wanted[0] else None,
-        torch.zeros_like(weight) if wanted[1] else None,
-        torch.zeros_like(weight[:, 0]) if wanted[2] else None,
+        torch.zeros_like(weight, dtype=dtype) if wanted[1] else None,
+        torch.zeros_like(weight[:, 0], dtype=dtype) if wanted[2] else None,
     )
+    row_weights = row_weights.expand(rows)
     buffer = hidden.new_empty(min(problem.chunk_size, rows), vocabulary)
     for start in range(0, rows, problem.chunk_size):
         chunk = slice(start, min(start + problem.chunk_size, rows))
@@ -164,16 +184,25 @@ def _chunked(
         kl[chunk], coefficients = row_kl(logits, labels, reference, problem.settings, ignore_index=-1)
         if not any(wanted):
             continue
-        unsettled = (kl[chunk] >= problem.epsilon) | kl[chunk].isnan()
-        grad_kl = unsettled.to(kl.dtype) if row_weights is None else unsettled * row_weights[chunk]
+        grad_kl = torch.where(kl[chunk] < problem.epsilon, 0, row_weights[chunk])
         row_gradient(grad_kl, logits, labels, reference, coefficients, problem.settings, ignore_index=-1, out=logits)
         if gradients.hidden is not None:
             torch.mm(logits, weight, out=gradients.hidden[chunk])
         if gradients.weight is not None:
-            gradients.weight.addmm_(logits.t(), hidden[chunk])
+            _add_product(gradients.weight, logits, hidden[chunk])
         if gradients.bias is not None:
-            gradients.bias.add_(logits.sum(dim=0))
+            gradients.bias.add_(logits.sum(dim=0, dtype=dtype))
     return kl, gradients
+
+
+def _add_product(total: Tensor, logits: Tensor, hidden: Tensor) -> None:
+    """Add ``logits.T @ hidden`` to total ``(V, H)``, which may be in a higher precision."""
+    if total.dtype == hidden.dtype:
+        total.addmm_(logits.t(), hidden)
+        return
+    # In parts, so that the product in low precision is never as large as the weight.
+    for part, part_logits in zip(total.chunk(16), logits.chunk(16, dim=1), strict=True):
+        part.add_(part_logits.t() @ hidden)
 
 
 class _LinearKl(torch.autograd.Function):
@@ -185,8 +214,7 @@ class _LinearKl(torch.autograd.Function):
     ) -> Tensor:
         of_hidden, of_weight, of_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         wanted = (of_hidden, of_weight, of_bias)
-        with torch.autocast(hidden.device.type, enabled=False):
-            kl, ctx.gradients = _chunked(hidden, weight, bias, problem, None, wanted)
+        kl, ctx.gradients = _chunked(hidden, weight, bias, problem, problem.row_weight, wanted)
         ctx.problem, ctx.wanted = problem, wanted
         ctx.save_for_backward(hidden, weight, bias, kl.detach())
         return kl
@@ -197,13 +225,12 @@ class _LinearKl(torch.autograd.Function):
         hidden, weight, bias, kl = ctx.saved_tensors
         # Handed out once, so that the optimiser's gradient is not a second copy of the weight's size.
         gradients, ctx.gradients = ctx.gradients, None
-        common = grad_kl.amax() if len(grad_kl) else grad_kl.sum()
-        alike = torch.equal(grad_kl, torch.where((kl < ctx.problem.epsilon), 0, common))
-        with torch.autocast(hidden.device.type, enabled=False):
-            if gradients is None or not alike:
-                _, gradients = _chunked(hidden, weight, bias, ctx.problem, grad_kl, ctx.wanted)
-            elif common != 1:
-                for gradient in gradients:
-                    if gradient is not None:
-                        gradient.mul_(common)
-        return (*gradients, None, None)
+        common = grad_kl.amax() if len(grad_kl) else ctx.problem.row_weight
+        alike = torch.equal(grad_kl, torch.where(kl < ctx.problem.epsilon, 0, common))
+        if gradients is None or not alike:
+            _, gradients = _chunked(hidden, weight, bias, ctx.problem, grad_kl, ctx.wanted)
+        elif common != ctx.problem.row_weight:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(common / ctx.problem.row_weight)
+        return (*(None if gradient is None else gradient.to(hidden.dtype) for gradient in gradients), None, None)

@@ -30,9 +30,7 @@ class OverToneConfig:
 
     def __post_init__(self) -> None:
         """Validate."""
-        check_hyperparameters(epsilon=self.epsilon, n_sigma=self.n_sigma, lam=self.lam, hold_settled=self.hold_settled)
-        if not isinstance(self.check, bool):
-            raise TypeError(f"check must be True or False, got {self.check!r}")
+        check_hyperparameters(self.epsilon, self.n_sigma, self.lam, self.check, self.hold_settled)
 
     @classmethod
     def preset(cls, method: str, **changes: Any) -> OverToneConfig:
@@ -86,7 +84,7 @@ class OverToneLoss(nn.Module):
             raise TypeError(
                 f"config must be an OverToneConfig or None, got {type(config).__name__}; there are no class weights"
             )
-        check_reduction(reduction)
+        check_reduction(reduction, ignore_index)
         if weight is not None:
             raise ValueError(
                 "weight must be None: OverTone has no class weights; use torch.nn.CrossEntropyLoss for them"

@@ -176,7 +176,7 @@ def _closed_form(row: RowSums, settings: TargetSettings) -> tuple[Tensor, Tensor
     label_filtered = kept_label_weight / kept
     label_target = lam + (1 - lam) * label_filtered
 
-    own_part = torch.where(label_target > 0, label_target * (label_target.log() - label_log_prob), 0)
+    own_part = torch.where(label_target == 0, 0, label_target * (label_target.log() - label_log_prob))
     kl = own_part if lam == 1 else own_part + (1 - lam) * (row.kept_rest / kept) * (math.log1p(-lam) - kept_share.log())
     kept_factor = (lam - dropped_share) / kept_share
     label_gradient = torch.where(

@@ -1,10 +1,13 @@
 """token_states against the loss and against the method's steps."""
 
+import math
+
 import pytest
 import torch
+import torch.distributed
 import torch.nn.functional as F
 
-from overtone import OverToneConfig, overtone_loss, token_states
+from overtone import OverToneConfig, diagnostics, overtone_loss, token_states
 
 LOGITS = torch.randn(4, 6, 9, generator=torch.Generator().manual_seed(0)) * 3
 LABELS = LOGITS.argmax(dim=-1).where(torch.arange(6) % 2 == 0, torch.arange(6) + 1)
@@ -13,7 +16,7 @@ LABELS[0, :2] = -100
 
 class TestTokenStates:
     def test_toy_row(self):
-        """p = (0.6, 0.3, 0.1), n = 1 keeps two tokens; label 0 mixes, label 1 fails the check, label -100 is left out."""
+        """p = (0.6, 0.3, 0.1), n = 1 keeps two tokens; label 0 mixes, label 1 fails the check, -100 is left out."""
         logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(3, 3)
         states = token_states(logits, torch.tensor([0, 1, -100]), OverToneConfig(n_sigma=1.0, epsilon=0.11))
         assert states.kl.tolist() == pytest.approx([0.1079055, 1.2039728, 0.0], abs=1e-5)
@@ -25,8 +28,9 @@ class TestTokenStates:
         assert states.counted.tolist() == [True, True, False]
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-    def test_agrees_with_the_loss_and_with_torch(self, dtype):
+    def test_agrees_with_the_loss_and_with_torch(self, dtype, monkeypatch):
         """settled is where the loss is clipped, kl what it clips, log_prob minus torch's cross-entropy."""
+        monkeypatch.setattr(diagnostics, "BLOCK_ELEMENTS", 5 * 9)
         logits = LOGITS.to(dtype)
         config = OverToneConfig(epsilon=0.2)
         states = token_states(logits, LABELS, config)
@@ -58,6 +62,22 @@ class TestTokenStates:
         flat = torch.zeros_like(LOGITS)
         assert (token_states(LOGITS, LABELS, reference_logits=flat).kept[LABELS != -100] == 9).all()
         assert not token_states(LOGITS, LABELS, OverToneConfig(epsilon=0.0)).settled.any()
+
+    def test_nan_is_neither_settled_nor_correct(self):
+        """A broken model's token shows as NaN and as nothing good."""
+        states = token_states(torch.tensor([[math.nan, 0.0]]), torch.tensor([1]))
+        assert states.kl.isnan().all()
+        assert states.log_prob.isnan().all()
+        assert not (states.settled | states.mixed | states.correct).any()
+
+    def test_with_a_holding_config_under_a_process_group(self, tmp_path):
+        """Looking at tokens holds nothing, so a config that holds is no error where a hold would be."""
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            states = token_states(LOGITS, LABELS, OverToneConfig(hold_settled=True))
+        finally:
+            torch.distributed.destroy_process_group()
+        assert torch.equal(states.kl, token_states(LOGITS, LABELS).kl)
 
     def test_empty(self):
         """No tokens give empty fields."""

@@ -4,9 +4,10 @@ import gc
 
 import pytest
 import torch
+import torch.distributed
 import torch.nn.functional as F
 
-from overtone import linear_overtone_loss, overtone_loss
+from overtone import linear, linear_overtone_loss, overtone_loss
 
 ROWS, HIDDEN, VOCABULARY = 23, 16, 41
 
@@ -29,11 +30,11 @@ def two_step(hidden, weight, labels, *, bias=None, chunk_size=None, **arguments)
 
 
 def value_and_gradients(loss, tensors, labels, upstream=1.0, **arguments):
-    leaves = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors]
+    leaves = [None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
     hidden, weight, bias = leaves
     value = loss(hidden, weight, labels, bias=bias, **arguments)
     (value * upstream).sum().backward()
-    return value.detach(), [leaf.grad for leaf in leaves]
+    return value.detach(), [None if leaf is None else leaf.grad for leaf in leaves]
 
 
 class TestAgainstTwoSteps:
@@ -97,6 +98,33 @@ class TestAgainstTwoSteps:
             allowed = (standard.double() - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
             assert (gradient.double() - truth).abs().max() <= allowed
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_many_chunks_add_up_in_float32(self, dtype):
+        """Hundreds of chunks lose nothing against the two-step version, and large hidden states do not overflow."""
+        generator = torch.Generator().manual_seed(0)
+        hidden = (torch.randn(1024, 8, generator=generator) * 30 + 100).to(dtype)
+        weight = (torch.randn(20, 8, generator=generator) / 100).to(dtype)
+        labels = torch.randint(20, (1024,), generator=generator)
+        exact = value_and_gradients(
+            two_step, [hidden.double().requires_grad_(), weight.double().requires_grad_(), None], labels
+        )[1][1]
+        tensors = [hidden.requires_grad_(), weight.requires_grad_(), None]
+        standard = value_and_gradients(two_step, tensors, labels)[1][1]
+        gradient = value_and_gradients(linear_overtone_loss, tensors, labels, chunk_size=4)[1][1]
+        allowed = (standard.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+        assert (gradient.double() - exact).abs().max() <= allowed
+
+    def test_nan_is_not_hidden(self):
+        """A NaN hidden state makes the loss and the gradients that it reaches NaN."""
+        tensors, labels = draw_layer()
+        with torch.no_grad():
+            tensors[0][1, 0] = float("nan")
+        value, gradients = value_and_gradients(linear_overtone_loss, tensors, labels, chunk_size=4)
+        assert value.isnan()
+        assert gradients[0][1].isnan().all()
+        assert gradients[0][2:].isfinite().all()
+        assert gradients[1].isnan().any()
+
     def test_second_backward(self):
         """With retain_graph a second backward adds the same gradients again."""
         (hidden, weight, bias), labels = draw_layer()
@@ -143,6 +171,23 @@ class TestEditing:
         linear_overtone_loss(hidden, weight, labels, bias=bias, epsilon=99.0, hold_settled=True).backward()
         assert hidden.grad is weight.grad is bias.grad is None
 
+    def test_hold_is_refused_when_distributed(self, tmp_path):
+        """As for overtone_loss."""
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            with pytest.raises(ValueError, match="hold_settled=True cannot be used"):
+                linear_overtone_loss(torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([0, 1]), hold_settled=True)
+        finally:
+            torch.distributed.destroy_process_group()
+
+    def test_no_grad_works_out_no_gradient(self, monkeypatch):
+        """Evaluation does none of the gradients' work."""
+        (hidden, weight, bias), labels = draw_layer()
+        monkeypatch.setattr(linear, "row_gradient", None)
+        with torch.no_grad():
+            loss = linear_overtone_loss(hidden, weight, labels, bias=bias)
+        torch.testing.assert_close(loss, two_step(hidden, weight, labels, bias=bias).detach())
+
     def test_autocast(self):
         """Under autocast the layer works in bfloat16 and the float32 leaves get float32 gradients."""
         tensors, labels = draw_layer(torch.float32)
@@ -157,8 +202,15 @@ class TestEditing:
     def test_compiled_caller(self):
         """A compiled step around it gives the same values; the loss itself stays outside the graph."""
         (hidden, weight, _), labels = draw_layer()
-        step = torch.compile(lambda h, w: linear_overtone_loss(h.tanh(), w, labels), backend="aot_eager")
-        torch.testing.assert_close(step(hidden, weight), two_step(hidden.tanh(), weight, labels))
+
+        def step(hidden, weight):
+            return linear_overtone_loss(hidden.tanh(), weight, labels)
+
+        compiled = torch.compile(step, backend="aot_eager")
+        torch.testing.assert_close(compiled(hidden, weight), two_step(hidden.tanh(), weight, labels))
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            torch.compile(step, backend="aot_eager", fullgraph=True)(hidden, weight)
 
     @pytest.mark.parametrize("rows", [0, 3])
     def test_nothing_counted(self, rows):
@@ -208,6 +260,7 @@ class TestBadInput:
             ({"labels": torch.tensor([0])}, "labels must have the shape of logits"),
             ({"reference_logits": torch.zeros(2, 4)}, r"reference_logits must have the shape of logits \(2, 5\)"),
             ({"epsilon": -1}, "epsilon must be"),
+            ({"hidden": torch.zeros(2, 4, dtype=torch.long)}, "hidden must be floating point, got torch.int64"),
         ],
     )
     def test_errors_name_the_argument(self, arguments, message):
@@ -219,4 +272,16 @@ class TestBadInput:
             **arguments,
         }
         with pytest.raises(ValueError, match=message):
+            linear_overtone_loss(**arguments)
+
+    @pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
+    def test_lists_are_refused(self, name):
+        """What is no tensor is refused by name."""
+        arguments = {
+            "hidden": torch.zeros(2, 4),
+            "weight": torch.zeros(5, 4),
+            "labels": torch.tensor([0, 1]),
+            name: [0],
+        }
+        with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor.*, got list"):
             linear_overtone_loss(**arguments)

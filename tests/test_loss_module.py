@@ -112,6 +112,7 @@ class TestModule:
             ({"size_average": False}, ValueError, "size_average and reduce must be None"),
             ({"reduce": True}, ValueError, "size_average and reduce must be None"),
             ({"reduction": "average"}, ValueError, "reduction must be one of"),
+            ({"ignore_index": "x"}, TypeError, "ignore_index must be an integer label, got 'x'"),
             ({"config": torch.ones(5)}, TypeError, "config must be an OverToneConfig or None, got Tensor"),
             ({"config": {"epsilon": 0.1}}, TypeError, "config must be an OverToneConfig or None, got dict"),
         ],
