@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from overtone import OverToneConfig, overtone_loss
-from overtone.contract import check_hyperparameters
+from overtone.contract import check_hold
 from overtone.easyedit.edit_loss import EditLoss
 from overtone.hold import Hold
 
@@ -143,7 +143,7 @@ def _mean_hold(options: dict[str, Any], name: str) -> Hold:
             f"{KEY}: {name} has no threshold at which a token is settled: hold_settled must be false or the mean loss "
             "at which to hold, got True"
         )
-    check_hyperparameters(epsilon=0, n_sigma=None, lam=1, hold_settled=hold)
+    check_hold(hold)
     return hold
 
 
