@@ -136,7 +136,8 @@ def _check_file(cls: type, config: dict[str, Any]) -> None:
     if config[KEY] is not None:
         choose(config[KEY], trainer.preset)
     for trap in traps(config):
-        logger.warning("%s: %s", config.get("model_name", cls.__name__), trap)
+        if not trap.always:
+            logger.warning("%s hparams: %s", trainer.name, trap)
 
 
 def _refuse_elsewhere(patches: Patches) -> None:

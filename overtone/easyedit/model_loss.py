@@ -83,7 +83,6 @@ def _forward_with(forward: Any, loss_function: Any) -> Any:
             return output
         if isinstance(output, tuple):
             return (loss_function(output[0], labels), *output)
-        output["loss"] = loss_function(output.logits, labels)
-        return output
+        return type(output)(**{**output, "loss": loss_function(output.logits, labels)})
 
     return forward_with_loss

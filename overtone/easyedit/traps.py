@@ -26,11 +26,13 @@ class Trap:
         finding: what is wrong with the file.
         mend: what to do about it.
         fatal: the edit would not run at all.
+        always: it holds for every file of the method, whatever the file says.
     """
 
     finding: str
     mend: str
     fatal: bool = False
+    always: bool = False
 
     def __str__(self) -> str:
         """One line."""
@@ -152,6 +154,7 @@ def _qlora(config: Config) -> Iterator[Trap]:
         "QLoRA's trainer pads prompt and target to one length and scores pad tokens too, so its labels do not follow "
         "the prompt",
         "prefer LoRA for comparisons",
+        always=True,
     )
 
 
@@ -159,6 +162,7 @@ def _melo_accumulates(config: Config) -> Iterator[Trap]:
     yield Trap(
         "MELO keeps its wrapper after single edits, so they accumulate; its block mapping belongs to the process",
         "a new editor for every single edit, and one process a run",
+        always=True,
     )
 
 
@@ -239,6 +243,7 @@ def _wise_sequential(config: Config) -> Iterator[Trap]:
         yield Trap(
             "sequential runs drop earlier edits, since sequential_edit is no field of WISE's hparams",
             "set hparams.sequential_edit = True after loading, for edit(..., sequential_edit=True)",
+            always=True,
         )
 
 
@@ -247,6 +252,7 @@ def _wise_state(config: Config) -> Iterator[Trap]:
         "WISE's edit_history, merge_group_edit_history, CONTEXT_TEMPLATES_CACHE and WISEload belong to the process and "
         "are never reset",
         "one process a run",
+        always=True,
     )
 
 
@@ -255,6 +261,7 @@ def _wise_labels(config: Config) -> Iterator[Trap]:
         "WISE's label mask starts one position early, and a loc_prompt longer than the edit lets prompt tokens into "
         "the loss",
         "keep loc_prompts shorter than prompt and target together",
+        always=True,
     )
 
 
@@ -283,10 +290,12 @@ def _evaluation(config: Config) -> Iterator[Trap]:
         yield Trap(
             "scores are teacher-forced, which leaks length and content of the answer",
             "hparams.evaluation_type = 'generate-text' after loading, for free generation",
+            always=True,
         )
     yield Trap(
         "edit(..., sequential_edit=True) scores each edit at once, so forgetting is not measured",
         "score all edits again after the last one",
+        always=True,
     )
 
 

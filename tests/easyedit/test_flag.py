@@ -229,5 +229,3 @@ class TestWise:
         assert "act_ratio 0.88 scaled to 0.528" in caplog.text
         assert "context templates off" in caplog.text
         assert "epsilon=0.05" in caplog.text
-
-

@@ -113,7 +113,7 @@ class TestRestore:
             raise NotImplementedError
 
         monkeypatch.setattr(framework.module("models.lora.lora_main"), "execute_lora", execute_lora)
-        with pytest.raises(SeamError, match="LoRA: .*execute_lora does not use loss"):
+        with pytest.raises(SeamError, match=r"LoRA: .*execute_lora does not use loss"):
             overtone.easyedit.install(["LoRA"])
 
 
@@ -194,7 +194,7 @@ class TestRefusals:
 
     def test_prompt_last(self, framework, edit):
         overtone.easyedit.install(framework.methods)
-        with pytest.raises(ValueError, match="prompt_last.*target_new"):
+        with pytest.raises(ValueError, match=r"prompt_last.*target_new"):
             edit("FT", token_loss="overtone", objective_optimization="prompt_last")
 
     @pytest.mark.parametrize("method", ["FT", "LoRA"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ class TestFtM:
 
     def test_ends_once_every_token_is_settled(self, framework, edit):
         overtone.easyedit.install(framework.methods)
-        run = edit("FT", num_steps=200, token_loss={"name": "overtone", "epsilon": 0.3, "hold_settled": True})
+        run = edit("FT", num_steps=120, token_loss={"name": "overtone", "epsilon": 0.3, "hold_settled": True})
         printed = run.printed()
         assert epochs(run) < 100
         assert printed[-1] == 0
@@ -30,8 +31,8 @@ class TestFtM:
 
     def test_ends_at_a_mean(self, framework, edit):
         overtone.easyedit.install(framework.methods)
-        at_mean = edit("FT", num_steps=200, token_loss={"name": "overtone", "epsilon": 0.3, "hold_settled": 1.0})
-        settled = edit("FT", num_steps=200, token_loss={"name": "overtone", "epsilon": 0.3, "hold_settled": True})
+        at_mean = edit("FT", num_steps=120, token_loss={"name": "overtone", "epsilon": 0.3, "hold_settled": 1.0})
+        settled = edit("FT", num_steps=120, token_loss={"name": "overtone", "epsilon": 0.3, "hold_settled": True})
         assert epochs(at_mean) < epochs(settled)
 
     def test_runs_out_its_steps_in_the_papers_behaviour(self, framework, edit):
@@ -42,7 +43,7 @@ class TestFtM:
 
     def test_early_stopped_cross_entropy(self, framework, edit):
         overtone.easyedit.install(framework.methods)
-        run = edit("FT", num_steps=200, token_loss={"name": "cross_entropy", "hold_settled": 0.3})
+        run = edit("FT", num_steps=120, token_loss={"name": "cross_entropy", "hold_settled": 0.3})
         assert epochs(run) < 100
         assert min(run.printed()[:-1]) > 0.3 - 0.1
 
@@ -54,9 +55,9 @@ class TestLoraAndMelo:
     def test_held_steps_leave_every_weight(self, framework, edit, method):
         overtone.easyedit.install(framework.methods)
         steps = "num_steps" if method == "LoRA" else "num_iter"
-        loss = {"name": "overtone", "epsilon": 0.4, "hold_settled": True}
-        short = edit(method, token_loss=loss, **{steps: 120})
-        long = edit(method, token_loss=loss, **{steps: 140})
+        loss = {"name": "overtone", "epsilon": 1.0, "hold_settled": True}
+        short = edit(method, token_loss=loss, **{steps: 60})
+        long = edit(method, token_loss=loss, **{steps: 66})
         assert (short.printed() if method == "LoRA" else short.editor.model.losses)[-1] == 0
         assert all(torch.equal(value, long.weights()[name]) for name, value in short.weights().items())
 
@@ -64,16 +65,16 @@ class TestLoraAndMelo:
     def test_without_a_hold_adam_moves_on(self, framework, edit, method):
         overtone.easyedit.install(framework.methods)
         steps = "num_steps" if method == "LoRA" else "num_iter"
-        loss = {"name": "overtone", "epsilon": 0.4, "hold_settled": False}
-        short = edit(method, token_loss=loss, **{steps: 120}).weights()
-        long = edit(method, token_loss=loss, **{steps: 140}).weights()
+        loss = {"name": "overtone", "epsilon": 1.0, "hold_settled": False}
+        short = edit(method, token_loss=loss, **{steps: 60}).weights()
+        long = edit(method, token_loss=loss, **{steps: 66}).weights()
         assert any(not torch.equal(value, long[name]) for name, value in short.items())
 
 
 class TestWise:
     """WISE's meter stops at a total of 0.02, once the activation loss is done too."""
 
-    MARGINS = {"alpha": 1e3, "beta": -1.0, "gamma": -1e3}
+    MARGINS: ClassVar = {"alpha": 1e3, "beta": -1.0, "gamma": -1e3}
     """No activation loss."""
 
     def _steps(self, run):
@@ -82,8 +83,8 @@ class TestWise:
     def test_ends_once_every_token_is_settled(self, framework, edit):
         overtone.easyedit.install(framework.methods)
         loss = {"name": "overtone", "epsilon": 0.5, "hold_settled": True}
-        run = edit("WISE", n_iter=400, edit_lr=5.0, mask_ratio=1.0, token_loss=loss, **self.MARGINS)
-        assert 2 < self._steps(run) < 400
+        run = edit("WISE", n_iter=200, edit_lr=5.0, mask_ratio=1.0, token_loss=loss, **self.MARGINS)
+        assert 2 < self._steps(run) < 200
         assert re.findall(r"^loss (\S+)", run.output, re.MULTILINE)[-2:] == ["0.0", "0.0"]
 
     def test_runs_out_its_steps_in_the_papers_behaviour(self, framework, edit):
@@ -96,7 +97,7 @@ class TestWise:
 class TestTwins:
     """QLoRA, LoRA_uns and FT_uns share the seams."""
 
-    DATA = [{"question": "The capital of Ardan is", "answer": "Corin Solen"}]
+    DATA: ClassVar = [{"question": "The capital of Ardan is", "answer": "Corin Solen"}]
 
     def _call(self, framework, models, name, token_loss):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -140,5 +141,3 @@ class TestTwins:
         stock = self._call(framework, models, name, None).state_dict()
         flagged = self._call(framework, models, name, {"name": "overtone", "check": False}).state_dict()
         assert any(not torch.equal(value, flagged[key]) for key, value in stock.items())
-
-

@@ -1,0 +1,431 @@
+"""The adapters' own logic, on small stand-ins of EasyEdit's seams (tests/standin); tests/easyedit has the real one."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import tiny_models
+import torch
+import yaml
+
+import overtone.easyedit
+from overtone import OverToneConfig
+from overtone.easyedit import SeamError
+from overtone.easyedit.model_loss import innermost, model_loss, takes_loss_function
+from overtone.easyedit.patching import Patches
+from overtone.functional import reference_loss
+
+REQUEST = ([5, 6, 7], [8, 9])
+METHODS = ("FT", "LoRA", "MELO", "WISE")
+
+
+@pytest.fixture
+def easyeditor(monkeypatch):
+    """The stand-in in the place of easyeditor; nothing installed before or after."""
+    real = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "easyeditor"}
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "standin"))
+    overtone.easyedit.uninstall()
+    yield importlib.import_module("easyeditor")
+    overtone.easyedit.uninstall()
+    for name in [name for name in sys.modules if name.split(".")[0] == "easyeditor"]:
+        del sys.modules[name]
+    sys.modules.update(real)
+
+
+def module(name):
+    return importlib.import_module(f"easyeditor.{name}")
+
+
+def hparams_of(method, token_loss=None, **changes):
+    values = {
+        "FT": {"num_steps": 3, "lr": 1e-2, "objective_optimization": "target_new"},
+        "LoRA": {"num_steps": 3, "lr": 1e-2},
+        "MELO": {"num_iter": 3, "lr": 1e-2},
+        "WISE": {"n_iter": 3, "edit_lr": 1e-1, "act_ratio": 0.5},
+    }[method]
+    names = {"FT": "ft.ft_main", "LoRA": "lora.lora_main", "MELO": "melo.melo", "WISE": "wise.wise_main"}
+    hparams_class = getattr(module(f"models.{names[method]}"), f"{method}HyperParams")
+    hparams = hparams_class(alg_name=method, model_name="llama", **{**values, **changes})
+    if token_loss is not None:
+        hparams.token_loss = token_loss
+    return hparams
+
+
+def edit(method, token_loss=None, model=None, **changes):
+    """Edit a fresh model; the result carries the trainer's losses."""
+    model = model or tiny_models.build()
+    apply = module("util.alg_dict").ALG_DICT[method]
+    result = apply(model, None, [REQUEST], hparams_of(method, token_loss, **changes))
+    return SimpleNamespace(model=model, result=result, losses=result.losses)
+
+
+def same(first, second):
+    second = second.state_dict()
+    return all(torch.equal(value, second[name]) for name, value in first.state_dict().items())
+
+
+class TestFlag:
+    """The key chooses the loss of one edit, and of that edit alone."""
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_without_it_nothing_changes(self, easyeditor, method):
+        before = edit(method)
+        overtone.easyedit.install()
+        during = edit(method)
+        edit(method, "overtone")
+        after = edit(method)
+        assert before.losses == during.losses == after.losses
+        assert same(before.model, during.model)
+        assert same(before.model, after.model)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_minimises_overtone(self, easyeditor, method):
+        overtone.easyedit.install()
+        model = tiny_models.build()
+        prompt, target = REQUEST
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+        config = OverToneConfig.preset({"FT": "ft-m"}.get(method, method.lower()))
+        expected = reference_loss(logits, torch.tensor(target), **config.as_kwargs())
+        run = edit(method, "overtone", model)
+        assert run.losses[0] == pytest.approx(expected.item(), rel=1e-5)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_callable(self, easyeditor, method):
+        overtone.easyedit.install()
+        run = edit(method, lambda logits, labels: logits.sum(dim=1) * 0 + 7)
+        assert run.losses == [7, 7, 7]
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_label_smoothing(self, easyeditor, method):
+        overtone.easyedit.install()
+        smoothed = edit(method, {"name": "label_smoothing", "smoothing": 0.5})
+        assert smoothed.losses[0] != edit(method).losses[0]
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_direct_calls_are_hooked_too(self, easyeditor, method):
+        apply = module("util.alg_dict").ALG_DICT[method]
+        overtone.easyedit.install()
+        hparams = hparams_of(method, lambda logits, labels: logits.sum(dim=1) * 0 + 7)
+        assert apply(tiny_models.build(), None, [REQUEST], hparams).losses == [7, 7, 7]
+
+    def test_wise_thresholds_and_templates(self, easyeditor):
+        overtone.easyedit.install()
+        run = edit("WISE", "overtone").result
+        assert run.config.act_ratio == pytest.approx(0.3)
+        assert run.edited_with is run.config
+        assert run.rows == 1
+        kept = edit("WISE", {"name": "overtone", "activation_scale": 1, "context_templates": True}).result
+        assert (kept.config.act_ratio, kept.rows) == (0.5, 2)
+        stock = edit("WISE").result
+        assert (stock.config.act_ratio, stock.rows) == (0.5, 2)
+
+    def test_the_users_hparams_stay(self, easyeditor):
+        overtone.easyedit.install()
+        hparams = hparams_of("WISE", "overtone")
+        for _ in range(2):
+            module("util.alg_dict").ALG_DICT["WISE"](tiny_models.build(), None, [REQUEST], hparams)
+        assert hparams.act_ratio == 0.5
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_an_edit_without_its_loss_is_loud(self, easyeditor, method):
+        overtone.easyedit.install()
+        steps = {"FT": "num_steps", "LoRA": "num_steps", "MELO": "num_iter", "WISE": "n_iter"}[method]
+        with pytest.raises((RuntimeError, IndexError), match=r"without computing|list index"):
+            edit(method, "overtone", **{steps: 0})
+
+
+class TestHold:
+    """An edit that needs nothing more ends, or stands still, and says 0."""
+
+    LOSS: ClassVar = {"name": "overtone", "epsilon": 0.5}
+
+    def test_ft_ends(self, easyeditor):
+        overtone.easyedit.install()
+        held = edit("FT", {**self.LOSS, "hold_settled": True}, num_steps=300)
+        assert len(held.losses) < 300
+        assert held.losses[-1] == 0
+        literal = edit("FT", {**self.LOSS, "hold_settled": False}, num_steps=len(held.losses) + 5)
+        assert len(literal.losses) == len(held.losses) + 5
+        assert min(literal.losses) >= 0.5
+
+    def test_ft_ignores_prompt_tokens(self, easyeditor):
+        """Prompt tokens never settle, and the trainer masks them; they must not keep the step from being held."""
+        overtone.easyedit.install()
+        seen = []
+
+        def recorded(logits, labels):
+            seen.append(labels.tolist())
+            return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+        edit("FT", recorded)
+        assert seen == [[6, 7, 8, 9], [8, 9], [8, 9]]
+
+    def test_wise_ends(self, easyeditor):
+        overtone.easyedit.install()
+        held = edit("WISE", {**self.LOSS, "hold_settled": True}, n_iter=500, edit_lr=0.5)
+        assert len(held.losses) < 500
+        assert held.losses[-2:] == [0, 0]
+
+    @pytest.mark.parametrize("method", ["LoRA", "MELO"])
+    def test_adam_stands_still(self, easyeditor, method):
+        overtone.easyedit.install()
+        steps = {"LoRA": "num_steps", "MELO": "num_iter"}[method]
+        short, long = (edit(method, {**self.LOSS, "hold_settled": True}, **{steps: count}) for count in (150, 170))
+        assert short.losses[-1] == 0
+        assert same(short.model, long.model)
+        drifting = [edit(method, {**self.LOSS, "hold_settled": False}, **{steps: count}) for count in (150, 170)]
+        assert not same(drifting[0].model, drifting[1].model)
+
+    def test_a_mean(self, easyeditor):
+        overtone.easyedit.install()
+        by_mean = edit("FT", {**self.LOSS, "hold_settled": 2.0}, num_steps=300)
+        settled = edit("FT", {**self.LOSS, "hold_settled": True}, num_steps=300)
+        assert len(by_mean.losses) < len(settled.losses)
+
+    def test_early_stopped_cross_entropy(self, easyeditor):
+        overtone.easyedit.install()
+        run = edit("LoRA", {"name": "cross_entropy", "hold_settled": 0.3}, num_steps=150)
+        assert run.losses[-1] == 0
+        assert min(loss for loss in run.losses if loss > 0) > 0.3
+
+
+class TestRestore:
+    """What was replaced comes back as the same object."""
+
+    def _state(self):
+        modules = {name: vars(found).copy() for name, found in sys.modules.items() if name.startswith("easyeditor")}
+        classes = {
+            (name, attribute): dict(vars(value))
+            for name, members in modules.items()
+            for attribute, value in members.items()
+            if isinstance(value, type)
+        }
+        tables = {name: dict(getattr(module("util.alg_dict"), name)) for name in ("ALG_DICT", "ALG_MULTIMODAL_DICT")}
+        return {**modules, **classes, **tables}
+
+    def _same(self, before, after):
+        return all(
+            before[key].keys() == after[key].keys()
+            and all(before[key][name] is after[key][name] for name in before[key])
+            for key in before.keys() | after.keys()
+        )
+
+    def test_uninstall(self, easyeditor):
+        module("util.alg_dict")
+        before = self._state()
+        overtone.easyedit.install()
+        assert not self._same(before, self._state())
+        overtone.easyedit.install()
+        overtone.easyedit.uninstall()
+        overtone.easyedit.uninstall()
+        assert self._same(before, self._state())
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_an_exception(self, easyeditor, method):
+        before = edit(method)
+        overtone.easyedit.install()
+        model = tiny_models.build()
+
+        def broken(logits, labels):
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            edit(method, broken, model)
+        assert not {"forward", "_loss_function"} & set(vars(model))
+        assert same(before.model, edit(method).model)
+
+    def test_a_missing_seam(self, easyeditor, monkeypatch):
+        module("util.alg_dict")
+        monkeypatch.delattr(module("models.ft.ft_main"), "CrossEntropyLoss")
+        before = self._state()
+        with pytest.raises(SeamError, match=r"FT: .* has no CrossEntropyLoss.*Nothing was changed"):
+            overtone.easyedit.install()
+        assert self._same(before, self._state())
+        overtone.easyedit.install(["LoRA", "MELO", "WISE"])
+
+    def test_a_failing_hook(self, easyeditor, monkeypatch):
+        module("util.alg_dict")
+        before = self._state()
+        monkeypatch.setattr("overtone.easyedit.installation._hook_loaders", lambda patches: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            overtone.easyedit.install()
+        assert self._same(before, self._state())
+
+    def test_unknown_methods(self, easyeditor):
+        with pytest.raises(ValueError, match="ROME"):
+            overtone.easyedit.install(["ROME"])
+        with pytest.raises(TypeError, match="list of names"):
+            overtone.easyedit.install("FT")
+
+    def test_without_easyedit(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "easyeditor", None)
+        with pytest.raises(ImportError, match="PYTHONPATH"):
+            overtone.easyedit.install()
+
+
+class TestRefusals:
+    """Where the loss would silently not be used."""
+
+    def test_prompt_last(self, easyeditor):
+        overtone.easyedit.install()
+        with pytest.raises(ValueError, match="target_new"):
+            edit("FT", "overtone", objective_optimization="prompt_last")
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_encoder_decoders(self, easyeditor, method):
+        overtone.easyedit.install()
+        model = tiny_models.build()
+        model.config.is_encoder_decoder = True
+        with pytest.raises(ValueError, match="encoder-decoder"):
+            edit(method, "overtone", model)
+
+    def test_other_algorithms(self, easyeditor):
+        overtone.easyedit.install()
+        tables = module("util.alg_dict")
+        hparams = module("models.rome").ROMEHyperParams("ROME")
+        assert tables.ALG_DICT["ROME"]("model", None, [], hparams) == "model"
+        hparams.token_loss = "overtone"
+        with pytest.raises(ValueError, match="not used by ROME"):
+            tables.ALG_DICT["ROME"]("model", None, [], hparams)
+        with pytest.raises(ValueError, match=r"not used by LoRA .ALG_MULTIMODAL_DICT"):
+            tables.ALG_MULTIMODAL_DICT["LoRA"]("model", None, [], hparams=hparams)
+
+    def test_multimodal_wise(self, easyeditor):
+        overtone.easyedit.install()
+        multimodal = module("models.wise.WISE").WISEMultimodal
+        multimodal(config=hparams_of("WISE"), model=tiny_models.build(), device="cpu")
+        with pytest.raises(ValueError, match="WISEMultimodal"):
+            multimodal(config=hparams_of("WISE", "overtone"), model=tiny_models.build(), device="cpu")
+
+    def test_a_class_without_adapter(self, easyeditor, tmp_path):
+        overtone.easyedit.install()
+        file = tmp_path / "rome.yaml"
+        file.write_text("alg_name: ROME\ntoken_loss: overtone\n")
+        with pytest.raises(ValueError, match="not used by ROME"):
+            module("models.rome").ROMEHyperParams.from_hparams(str(file))
+
+
+class TestLoaders:
+    """The key in a file."""
+
+    def _file(self, folder, **config):
+        file = folder / "lora.yaml"
+        file.write_text(
+            yaml.safe_dump({"alg_name": "LoRA", "model_name": "llama", "num_steps": 3, "lr": 1e-2, **config})
+        )
+        return file
+
+    def test_becomes_an_attribute(self, easyeditor, tmp_path):
+        overtone.easyedit.install()
+        loader = module("models.lora").LoRAHyperParams.from_hparams
+        file = self._file(tmp_path, token_loss={"name": "overtone", "epsilon": "1e-1"})
+        for path in (file, file.with_suffix("")):
+            assert loader(str(path)).token_loss == {"name": "overtone", "epsilon": 0.1}
+        assert not hasattr(loader(str(self._file(tmp_path))), "token_loss")
+
+    def test_is_checked_at_once(self, easyeditor, tmp_path):
+        overtone.easyedit.install()
+        with pytest.raises(ValueError, match=r"lam.*3"):
+            module("models.lora").LoRAHyperParams.from_hparams(
+                str(self._file(tmp_path, token_loss={"name": "overtone", "lam": 3}))
+            )
+
+    def test_uninstalled_loaders_refuse_it_again(self, easyeditor, tmp_path):
+        overtone.easyedit.install()
+        overtone.easyedit.uninstall()
+        with pytest.raises(TypeError, match="token_loss"):
+            module("models.lora").LoRAHyperParams.from_hparams(str(self._file(tmp_path, token_loss="overtone")))
+
+
+class TestThreads:
+    """Edits of different models at the same time."""
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_do_not_see_each_others_loss(self, easyeditor, method):
+        overtone.easyedit.install()
+        barrier = threading.Barrier(2, timeout=30)
+        losses = {}
+        models = {1.0: tiny_models.build(), 2.0: tiny_models.build()}
+
+        def work(value):
+            def constant(logits, labels):
+                barrier.wait()
+                return logits.sum(dim=1) * 0 + value
+
+            losses[value] = edit(method, constant, models[value]).losses
+
+        threads = [threading.Thread(target=work, args=(value,)) for value in models]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert losses == {1.0: [1, 1, 1], 2.0: [2, 2, 2]}
+
+
+class TestModelLoss:
+    """The two ways to a model's own loss."""
+
+    @contextmanager
+    def _old(self, monkeypatch, model):
+        """A model of before `loss_function`: it computes cross-entropy inside forward."""
+        monkeypatch.setattr("overtone.easyedit.model_loss.takes_loss_function", lambda model_class: False)
+        yield
+
+    @pytest.mark.parametrize("return_dict", [True, False])
+    def test_both_give_the_same(self, monkeypatch, return_dict):
+        from overtone.easyedit.edit_loss import EditLoss
+
+        model = tiny_models.build()
+        ids = torch.tensor([[5, 6, 7, 8]])
+        loss = EditLoss(
+            "test", lambda logits, labels: torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        )
+        plain = model(input_ids=ids, labels=ids, return_dict=return_dict)[0]
+        assert takes_loss_function(type(model))
+        with model_loss(model, loss):
+            new = model(input_ids=ids, labels=ids, return_dict=return_dict)[0]
+        with self._old(monkeypatch, model), model_loss(model, loss):
+            assert "forward" in vars(model)
+            old = model(input_ids=ids, labels=ids, return_dict=return_dict)[0]
+            model(input_ids=ids)
+        assert not {"forward", "_loss_function"} & set(vars(model))
+        torch.testing.assert_close(new, plain)
+        torch.testing.assert_close(old, plain)
+
+    def test_finds_the_innermost_model(self):
+        from peft import LoraConfig, get_peft_model
+
+        model = tiny_models.build()
+        assert innermost(get_peft_model(model, LoraConfig(target_modules=["q_proj"]))) is model
+        assert innermost(model) is model
+
+
+class TestPatches:
+    """Undoing."""
+
+    def test_puts_back_missing_and_class_attributes(self):
+        class Owner:
+            @classmethod
+            def method(cls):
+                return 1
+
+        table = {"key": "value"}
+        raw = vars(Owner)["method"]
+        patches = Patches()
+        patches.attribute(Owner, "method", 1)
+        patches.attribute(Owner, "method", 2)
+        patches.attribute(Owner, "new", 3)
+        patches.item(table, "key", "other")
+        patches.undo()
+        patches.undo()
+        assert vars(Owner)["method"] is raw
+        assert not hasattr(Owner, "new")
+        assert table == {"key": "value"}

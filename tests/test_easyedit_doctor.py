@@ -1,0 +1,190 @@
+"""Every trap's warning and its mend, and the command's tables and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from overtone.easyedit import doctor
+from overtone.easyedit.hparams import read_yaml
+from overtone.easyedit.traps import traps
+
+HPARAMS = Path(__file__).parent.parent / "examples" / "easyedit" / "hparams"
+
+
+def config_of(name, **changes):
+    """One of the shipped files, changed; for MELO a change may name a section."""
+    config = read_yaml(str(HPARAMS / f"{name}-llama-2-7b-chat.yaml"))
+    for key, value in changes.items():
+        config[key] = (
+            {**config[key], **value} if isinstance(config.get(key), dict) and isinstance(value, dict) else value
+        )
+    return config
+
+
+def found(config, **arguments):
+    return [str(trap) for trap in traps(config, **arguments)]
+
+
+def fatal(config):
+    return [str(trap) for trap in traps(config) if trap.fatal]
+
+
+class TestTraps:
+    """A file that falls into a trap is told, and the shipped files fall into none that the framework does not set."""
+
+    @pytest.mark.parametrize("file", sorted(HPARAMS.glob("*.yaml")), ids=lambda file: file.stem)
+    def test_shipped_files(self, file, monkeypatch, tmp_path):
+        config = read_yaml(str(file))
+        if config["alg_name"] == "MELO":
+            config["lora"]["cls_name"] = str(tmp_path)
+        assert [str(trap) for trap in traps(config) if not trap.always] == []
+
+    @pytest.mark.parametrize(
+        ("name", "changes", "message"),
+        [
+            ("lora", {"lora_dropout": 0.1}, "dropout is on while the edit is evaluated"),
+            ("lora", {"batch_size": 4}, "batch_size is 4"),
+            ("lora", {"model_name": "./opt-1.3b"}, "no family name"),
+            ("lora", {"token_loss": {"name": "overtone", "hold_settled": False}}, "Adam goes on moving"),
+            ("lora", {"token_loss": None}, "token_loss is empty"),
+            ("lora", {"token_loss": {"name": "overtone", "lam": 2}}, "lam"),
+            ("lora", {"evaluation_type": "generate-text"}, "evaluation_type is no field"),
+            ("lora", {}, "teacher-forced"),
+            ("lora", {}, "forgetting is not measured"),
+            ("ft-m", {"objective_optimization": "prompt_last"}, "FT-L"),
+            ("ft-m", {"model_name": "./t5-3b"}, "T5"),
+            ("ft-m", {"token_loss": {"name": "overtone", "hold_settled": False}}, "stops below a mean loss of 1e-2"),
+            ("wise", {"token_loss": {"name": "overtone", "hold_settled": False}}, "stops at a total loss of 0.02"),
+            ("wise", {"sequential_edit": True}, "no field of WISE's hparams, so the file does not load"),
+            ("wise", {}, "sequential runs drop earlier edits"),
+            ("wise", {}, "label mask starts one position early"),
+            ("wise", {}, "never reset"),
+            ("melo", {}, "they accumulate"),
+            ("melo", {"lora": {"cls_name": "./nowhere"}}, "lora.cls_name"),
+            ("melo", {"lora": {"cls_name": None}}, "lora.cls_name"),
+            ("melo", {"model": {"grace_layer": None}}, "grace_layer is missing"),
+            ("melo", {"model": {"target_modules": []}}, "target_modules or model.grace_layer is missing"),
+            ("melo", {"model": {"grace_layer": "model.layers.30.mlp.down_proj"}}, "does not come before"),
+            ("melo", {"grace": {"edit_lr": "1e-3"}}, "grace.edit_lr '1e-3' stays a string"),
+            ("melo", {"grace": {"init_radius": 0.1}}, "too small to find the edit"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else None,
+    )
+    def test_warns(self, name, changes, message):
+        assert any(message in line for line in found(config_of(name, **changes)))
+
+    def test_adalora_with_this_peft(self):
+        from peft import AdaLoraConfig
+
+        try:
+            AdaLoraConfig()
+        except ValueError:
+            assert any("total_step" in line for line in fatal(config_of("lora", lora_type="adalora")))
+        else:
+            assert not any("total_step" in line for line in found(config_of("lora", lora_type="adalora")))
+
+    def test_qlora(self):
+        config = {"alg_name": "QLoRA", "model_name": "llama", "token_loss": "overtone"}
+        assert any("labels do not follow the prompt" in line for line in found(config))
+        assert any("dropout" in line for line in found(config))
+
+    def test_other_methods(self):
+        assert fatal({"alg_name": "ROME", "token_loss": "overtone"})
+        assert not fatal({"alg_name": "ROME"})
+
+    def test_fields(self):
+        @dataclass
+        class Hparams:
+            alg_name: str
+            model_name: str
+            lr: float
+            batch_size: int = 1
+
+        config = {"alg_name": "LoRA", "model_name": "llama", "batch_size": 1, "extra": 1, "token_loss": "overtone"}
+        lines = found(config, hparams_class=Hparams)
+        assert any("extra is no field of Hparams" in line for line in lines)
+        assert any("lr is missing" in line for line in lines)
+        assert not any(line.startswith("token_loss") for line in lines)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command on files; its exit code and what it printed."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+    def run(*files):
+        parser = argparse.ArgumentParser()
+        doctor.add_arguments(parser)
+        code = doctor.run(parser.parse_args([str(file) for file in files]))
+        return code, capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def standin(monkeypatch):
+    """The stand-in in the place of easyeditor."""
+    real = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "easyeditor"}
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "standin"))
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "easyeditor"]:
+        del sys.modules[name]
+    sys.modules.update(real)
+
+
+class TestCommand:
+    """`overtone doctor`."""
+
+    def test_without_easyedit(self, run, monkeypatch):
+        monkeypatch.setitem(sys.modules, "easyeditor", None)
+        monkeypatch.setattr(doctor, "find_easyedit", lambda: None)
+        code, text = run()
+        assert code == 1
+        assert "not on PYTHONPATH" in text
+        assert "clone https://github.com/zjunlp/EasyEdit" in text
+
+    def test_seams(self, run, standin):
+        code, text = run()
+        assert code == 0
+        assert "CrossEntropyLoss of ft.ft_main, while execute_ft runs" in text
+        assert "easyeditor.models.qlora is missing" in text
+        assert "model.loss_function" in text
+
+    def test_a_missing_seam(self, run, standin, monkeypatch):
+        monkeypatch.delattr(importlib.import_module("easyeditor.models.ft.ft_main"), "CrossEntropyLoss")
+        code, text = run()
+        assert code == 1
+        assert "has no CrossEntropyLoss" in text
+
+    def test_installed_seams(self, run, standin):
+        import overtone.easyedit
+
+        overtone.easyedit.install()
+        assert "installed: CrossEntropyLoss of wise.WISE" in run()[1]
+        overtone.easyedit.uninstall()
+
+    def test_files(self, run, standin, tmp_path):
+        file = tmp_path / "lora.yaml"
+        file.write_text(yaml.safe_dump({"alg_name": "LoRA", "model_name": "llama", "num_steps": 3, "lr": 0.1}))
+        code, text = run(file)
+        assert code == 0
+        assert "batch_size is left to its default" in text
+        file.write_text(yaml.safe_dump({"alg_name": "LoRA", "model_name": "llama", "num_steps": 3, "extra": 1}))
+        code, text = run(file)
+        assert code == 1
+        assert "extra is no field of LoRAHyperParams" in text
+        assert "lr is missing" in text
+
+    def test_unreadable_files(self, run, standin, tmp_path):
+        assert run(tmp_path / "none.yaml")[0] == 1
+        (file := tmp_path / "list.yaml").write_text("- 1\n")
+        code, text = run(file)
+        assert code == 1
+        assert "expected a mapping" in text
