@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -33,6 +35,15 @@ LORA = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
 
 def loss_of(model: Any, batch: dict[str, torch.Tensor], **inputs: Any) -> torch.Tensor:
     return model(**batch, **inputs).loss
+
+
+class Seen:
+    """Counts what it is shown."""
+
+    steps = 0
+
+    def observe(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        self.steps += 1
 
 
 @pytest.fixture
@@ -131,7 +142,7 @@ class TestWrappers:
         wrapped.loss_function = lambda *args, **kwargs: torch.tensor(50.0)
         assert loss_of(wrapped, batch) == before
 
-    def test_what_is_assigned_is_a_plain_function(self, model):
+    def test_what_is_assigned_is_no_module(self, model):
         """transformers ignores a module."""
         with attach(model):
             assert callable(model.loss_function)
@@ -231,6 +242,22 @@ class TestVerification:
         model.forward = lambda **inputs: pytest.fail("run without its parameters")
         attach(model).detach()
 
+    def test_parameters_that_zero_has_spread_are_not_run(self, model):
+        """DeepSpeed marks them so; a forward on one rank alone would wait for the others."""
+        model.lm_head.weight.ds_id = 0
+        model.forward = lambda **inputs: pytest.fail("run on one rank")
+        attach(model).detach()
+
+    def test_a_sharded_wrapper_is_not_run(self, model):
+        """FSDP1 gathers its flat parameters from every rank."""
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+            model.forward = lambda **inputs: pytest.fail("run on one rank")
+            attach(sharded).detach()
+        finally:
+            torch.distributed.destroy_process_group()
+
 
 class TestBypass:
     FUSED = (
@@ -298,6 +325,24 @@ class TestBypass:
             replica.forward = lambda **inputs: CausalLMOutput(loss=torch.ones(()))
             assert replica(**batch).loss == 1
 
+    def test_a_loss_that_raises_does_not_vouch_for_the_next_step(self, model, batch):
+        """The call that failed is forgotten, so that a bypass right after it is still seen."""
+        with attach(model):
+            with pytest.raises(ValueError, match="labels must lie in"):
+                model(**{**batch, "labels": torch.full_like(batch["labels"], 1000)})
+            model.forward = self.fused_forward("somewhere").__get__(model)
+            with pytest.raises(RuntimeError, match="bypassed"):
+                model(**batch)
+
+    def test_a_bypass_that_returns_a_tuple_is_refused(self, model, batch):
+        """return_dict=False gives the loss no name."""
+        with attach(model):
+            torch.testing.assert_close(model(**batch, return_dict=False)[0], loss_of(model, batch))
+            forward = model.forward
+            model.forward = lambda labels, **inputs: (torch.ones(()), *forward(**inputs))
+            with pytest.raises(RuntimeError, match="bypassed"):
+                model(**batch, return_dict=False)
+
     def test_dtensor_logits_are_refused_with_the_reason(self):
         """Vocabulary shards cannot be filtered one by one."""
         from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
@@ -322,6 +367,7 @@ class TestDetach:
         assert set(model.__dict__) == names
         assert not model._forward_hooks
         assert not model._forward_hooks_with_kwargs
+        assert not model._forward_hooks_always_called
         assert model.loss_function is ForCausalLMLoss
         assert loss_of(model, batch) == before
 
@@ -400,6 +446,27 @@ class TestCopies:
         assert loss_of(twin, batch) == before
         assert not twin._forward_hooks
         assert set(twin.__dict__) == set(model.__dict__)
+
+    def test_a_copy_reports_to_the_same_observer(self, model, batch):
+        """As with a function: what the copy trains on is seen by the one that the user holds."""
+        seen = Seen()
+        attach(model, observer=seen.observe)
+        loss_of(copy.deepcopy(model), batch)
+        assert seen.steps == 1
+
+    def test_a_whole_model_can_be_saved(self, model, batch):
+        """Pickled with its attachment, which works and comes off on the other side."""
+        before = loss_of(model, batch)
+        attach(model, CONSTANT, observer=Seen().observe)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        assert loss_of(loaded, batch).item() == pytest.approx(50)
+        detach(loaded)
+        assert loss_of(loaded, batch) == before
+        assert not loaded._forward_hooks
+        assert not loaded._forward_hooks_always_called
 
     def test_save_and_load(self, model, batch, tmp_path):
         """Nothing of the attachment is written: the loaded model is a clean one with the same weights and config."""

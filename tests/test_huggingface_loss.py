@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -109,6 +111,32 @@ class TestNormalisation:
         assert all(tensor.data_ptr() == logits.data_ptr() for tensor in large)
 
 
+class TestLabels:
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+    @pytest.mark.parametrize("name", ["labels", "shift_labels"])
+    def test_any_integers_are_token_ids(self, dtype, name):
+        """Also those that ignore_index, which the shift and the mask fill in, does not fit into."""
+        logits, labels = logits_and_labels()
+        labels = labels.clamp(min=0)
+        given = {"labels": None, "loss_mask": torch.rand(labels.shape) > 0.5}
+        expected = causal_lm_loss(logits, **{**given, name: labels})
+        assert causal_lm_loss(logits, **{**given, name: labels.to(dtype)}) == expected
+
+    @pytest.mark.parametrize("name", ["labels", "shift_labels", "loss_mask"])
+    def test_lists_are_refused(self, name):
+        """By name; the shape and the device of a list are a guess."""
+        logits, labels = logits_and_labels()
+        given = {"labels": labels, name: labels.tolist()}
+        with pytest.raises(TypeError, match=rf"{name.removeprefix('shift_')} must be a torch.Tensor.*got list"):
+            causal_lm_loss(logits, **given)
+
+    def test_class_probabilities_are_refused(self):
+        """They are not rounded to token ids."""
+        logits, labels = logits_and_labels()
+        with pytest.raises(ValueError, match=r"labels must be integer token ids, got torch.float32"):
+            causal_lm_loss(logits, labels.float())
+
+
 class TestLossMask:
     def test_a_mask_of_zeros_and_ones_is_ignoring(self):
         """Weight 0 is the same as ignore_index, in value, gradient and normalisation."""
@@ -118,6 +146,16 @@ class TestLossMask:
         for kind in (torch.bool, torch.int64, torch.float32):
             (gradient,) = torch.autograd.grad(causal_lm_loss(logits, labels, loss_mask=mask.to(kind)), logits)
             torch.testing.assert_close(gradient, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_masks_count_every_token(self, dtype):
+        """The 1017 tokens of a mask of ones are divided by 1017, which bfloat16 cannot hold."""
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(1, 1018, VOCABULARY, generator=generator)
+        labels = torch.randint(0, VOCABULARY, (1, 1018), generator=generator)
+        mask = torch.ones(labels.shape)
+        expected = causal_lm_loss(logits, labels, loss_mask=mask)
+        torch.testing.assert_close(causal_lm_loss(logits, labels, loss_mask=mask.to(dtype)), expected)
 
     def test_weights_weigh_each_token(self):
         """The weighted mean of the token losses, or their weighted sum over num_items_in_batch."""
@@ -173,6 +211,13 @@ class TestComputeLossFunc:
         compute = compute_loss_func()
         for outputs in (CausalLMOutput(logits=logits), {"logits": logits}, (logits,)):
             assert compute(outputs, labels, num_items_in_batch=7) == expected
+
+    def test_can_be_pickled(self):
+        """For the processes that a launcher spawns."""
+        logits, labels = logits_and_labels()
+        compute = compute_loss_func(OverToneConfig(epsilon=0.5))
+        sent = pickle.loads(pickle.dumps(compute))
+        assert sent((logits,), labels) == compute((logits,), labels)
 
     def test_outputs_without_logits_are_refused_by_name(self):
         """A fused loss that never builds the logits cannot be replaced afterwards."""

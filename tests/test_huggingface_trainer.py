@@ -279,6 +279,49 @@ class TestTokenStatesCallback:
         trainer.train()
         assert trainer.state.global_step == 4
 
+    @pytest.mark.parametrize(("hold_settled", "epsilon"), [(True, 0.1), (0.3, 0.1)])
+    def test_a_step_is_held_when_each_micro_batch_is(self, hold_settled, epsilon):
+        """As the loss decides: one micro-batch that sends a gradient is enough, though the step's mean KL is small."""
+        config = OverToneConfig(epsilon=epsilon, hold_settled=hold_settled)
+        callback = TokenStatesCallback(config, stop_after_held=1)
+        control = types.SimpleNamespace(should_training_stop=False)
+        labels = torch.ones(1, 8, dtype=torch.long)
+        unsure, sure = torch.tensor([[[0.0, 1.0]]]).repeat(1, 8, 1), torch.tensor([[[0.0, 20.0]]]).repeat(1, 8, 1)
+        for micro_batches, is_held in (([unsure, sure, sure], False), ([sure, sure], True)):
+            losses = []
+            for logits in micro_batches:
+                logits = logits.clone().requires_grad_()
+                causal_lm_loss(logits, labels, config, observer=callback.observe).backward()
+                losses.append(logits.grad)
+            assert all(gradient is None for gradient in losses) == is_held
+            callback.on_step_end(None, None, control)
+            assert control.should_training_stop == is_held
+
+    def test_a_step_without_tokens_is_not_held(self):
+        """Nothing to learn from is not the same as learned."""
+        callback = TokenStatesCallback(HELD, stop_after_held=1)
+        args = types.SimpleNamespace(device=torch.device("cpu"))
+        control = types.SimpleNamespace(should_training_stop=False)
+        callback.on_step_end(args, None, control)
+        callback.observe(torch.randn(1, 2, 5), torch.full((1, 2), -100))
+        callback.on_step_end(args, None, control)
+        assert not control.should_training_stop
+
+    def test_says_so_when_the_loss_does_not_show_it_its_tokens(self, tmp_path):
+        """Once, with the argument that was forgotten."""
+        model = tiny_models.build()
+        trainer = Trainer(
+            model=model,
+            args=arguments(tmp_path, max_steps=3),
+            train_dataset=rows(tiny_models.ragged_batch(model)),
+            compute_loss_func=compute_loss_func(),
+            callbacks=[TokenStatesCallback()],
+        )
+        with pytest.warns(UserWarning, match=r"observer=callback\.observe") as caught:
+            trainer.train()
+        assert sum("TokenStatesCallback" in str(warning.message) for warning in caught) == 1
+        assert "accuracy" not in trainer.state.log_history[0]
+
     def test_a_hold_under_fp16_is_refused(self):
         """torch's gradient scaler fails on a held step, as the control shows."""
         model = tiny_models.build()

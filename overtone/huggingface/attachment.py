@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from overtone.huggingface.loss import Observer, causal_lm_loss
+from overtone.huggingface.loss import Observer, causal_lm_loss, checked_config
 from overtone.huggingface.verification import (
     find_causal_lm,
     note_call,
@@ -24,6 +24,42 @@ LossFunction = Callable[..., Tensor]
 
 _SLOT = "_loss_function"
 _RECORD = "_overtone_attachments"
+
+
+@dataclass(frozen=True, eq=False)
+class _CausalLMLoss:
+    """What the slot holds: callable as transformers' `ForCausalLMLoss`, and picklable with the model, as a closure is
+    not. (A module would be ignored by transformers.)"""
+
+    config: OverToneConfig
+    observer: Observer | None
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        note_call()
+        return causal_lm_loss(
+            logits,
+            labels,
+            self.config,
+            num_items_in_batch=num_items_in_batch,
+            shift_labels=shift_labels,
+            loss_mask=loss_mask,
+            ignore_index=ignore_index,
+            observer=self.observer,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CausalLMLoss:
+        """Itself, as a function is: a copy of the model reports to the same observer."""
+        return self
 
 
 @dataclass
@@ -88,7 +124,8 @@ def attach(model: nn.Module, config: OverToneConfig | None = None, *, observer: 
 
     Args:
         model: a causal language model, bare or wrapped.
-        config: the settings of the loss; None for the defaults.
+        config: the settings of the loss; None for the defaults. With its hold_settled, train in bf16 or float32: in
+            a held step under float16 torch's GradScaler raises an AssertionError, since it finds no gradients.
         observer: called with logits and next tokens in every training step; ``TokenStatesCallback(...).observe``, say.
 
     Returns:
@@ -102,17 +139,16 @@ def attach(model: nn.Module, config: OverToneConfig | None = None, *, observer: 
         RuntimeError: later, from a training step whose loss was computed by something else: Liger's or TRL's fused
             loss, put on the model after `attach`.
     """
-    if config is not None and not isinstance(config, OverToneConfig):
-        raise TypeError(f"config must be an OverToneConfig or None, got {type(config).__name__}: {config!r}")
-    config = config or OverToneConfig()
+    config = checked_config(config)
     causal_lm = find_causal_lm(model)
     refuse_unsupported_model(causal_lm)
     verify_loss_is_called(causal_lm, inside=model)
 
-    function = _loss_function(config, observer)
+    function = _CausalLMLoss(config, observer)
     record = causal_lm.__dict__.get(_RECORD)
     if record is None:
-        record = _Record(guard=causal_lm.register_forward_hook(refuse_bypassed_call, with_kwargs=True))
+        guard = causal_lm.register_forward_hook(refuse_bypassed_call, with_kwargs=True, always_call=True)
+        record = _Record(guard)
         setattr(causal_lm, _RECORD, record)
     replaced = {_SLOT: causal_lm.__dict__[_SLOT]} if _SLOT in causal_lm.__dict__ else {}
     record.layers.append(_Layer(function, replaced))
@@ -125,34 +161,6 @@ def detach(model: nn.Module) -> None:
     causal_lm = find_causal_lm(model)
     for layer in reversed(_layers(causal_lm)):
         _remove_layer(causal_lm, layer)
-
-
-def _loss_function(config: OverToneConfig, observer: Observer | None) -> LossFunction:
-    """A plain function with the signature of transformers' `ForCausalLMLoss`; a module would be ignored."""
-
-    def overtone_causal_lm_loss(
-        logits: Tensor,
-        labels: Tensor | None,
-        vocab_size: int | None = None,
-        num_items_in_batch: int | Tensor | None = None,
-        ignore_index: int = -100,
-        shift_labels: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        note_call()
-        return causal_lm_loss(
-            logits,
-            labels,
-            config,
-            num_items_in_batch=num_items_in_batch,
-            shift_labels=shift_labels,
-            loss_mask=loss_mask,
-            ignore_index=ignore_index,
-            observer=observer,
-        )
-
-    return overtone_causal_lm_loss
 
 
 def _layers(model: nn.Module) -> list[_Layer]:

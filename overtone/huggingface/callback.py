@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from overtone.diagnostics import token_states
+from overtone.diagnostics import TokenStates, token_states
+from overtone.huggingface.loss import checked_config
 from overtone.loss import OverToneConfig
 
 __all__ = ["TokenStatesCallback"]
 
 _SUMS = ("share_settled", "share_mixed", "mean_kl", "accuracy")
+_FIELDS = 2 + len(_SUMS)
+"""Of a step: its tokens, its micro-batches that needed a gradient, and the sums over its tokens."""
 
 
 class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
@@ -33,8 +37,8 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         config: the settings of the loss; None for the defaults.
         stop_after_held: stop training after this many steps in a row in which nothing was left to learn: every token
-            of the step settled or, where config.hold_settled is a number, their mean KL at or below it. None never
-            stops. With several batches an epoch, give at least their number.
+            of the step settled or, where config.hold_settled is a number, the mean KL of every micro-batch at or below
+            it, as the loss decides. None never stops. With several batches an epoch, give at least their number.
 
     Raises:
         ValueError, TypeError: for a stop_after_held that is not a whole number of steps, 1 or more; when training
@@ -42,25 +46,26 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, config: OverToneConfig | None = None, *, stop_after_held: int | None = None) -> None:
-        if config is not None and not isinstance(config, OverToneConfig):
-            raise TypeError(f"config must be an OverToneConfig or None, got {type(config).__name__}: {config!r}")
+        config = checked_config(config)
         if stop_after_held is not None:
             if isinstance(stop_after_held, bool) or not isinstance(stop_after_held, int):
                 raise TypeError(f"stop_after_held must be a whole number of steps or None, got {stop_after_held!r}")
             if stop_after_held < 1:
                 raise ValueError(f"stop_after_held must be 1 or more, or None, got {stop_after_held}")
-        self.config = config or OverToneConfig()
+        self.config = config
         self.stop_after_held = stop_after_held
         self._step: Tensor | None = None
-        self._logged = torch.zeros(1 + len(_SUMS), dtype=torch.float64)
+        self._logged = torch.zeros(_FIELDS, dtype=torch.float64)
+        self._is_observing = False
         self._held_steps = 0
 
     def observe(self, logits: Tensor, labels: Tensor) -> None:
         """Count the tokens of a micro-batch: logits ``(..., V)``, labels ``(...)`` aligned with them."""
         states = token_states(logits, labels, self.config)
-        fields = (states.counted, states.settled, states.mixed, states.kl, states.correct)
+        fields = (states.counted, self._needs_gradient(states), states.settled, states.mixed, states.kl, states.correct)
         sums = torch.stack([values.sum().double() for values in fields])
         self._step = sums if self._step is None else self._step + sums
+        self._is_observing = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget an earlier run; refuse a hold under fp16, whose gradient scaler fails on a step without gradients."""
@@ -72,32 +77,44 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
         self._step = None
         self._logged = torch.zeros_like(self._logged)
         self._held_steps = 0
+        self._is_observing = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the step: add it to what is logged next, and count it if it was held."""
-        step = (
-            torch.zeros(1 + len(_SUMS), dtype=torch.float64, device=args.device) if self._step is None else self._step
-        )
+        step = torch.zeros(_FIELDS, dtype=torch.float64, device=args.device) if self._step is None else self._step
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(step)
         self._step = None
         self._logged = self._logged + step.cpu()
-        self._held_steps = self._held_steps + 1 if self._is_held(step) else 0
+        tokens, in_need = step[:2].tolist()
+        self._held_steps = self._held_steps + 1 if tokens and not in_need else 0
         if self.stop_after_held is not None and self._held_steps >= self.stop_after_held:
             control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Add the averages to the logs that hold the training loss, and to the trainer's history of them."""
-        tokens, *sums = self._logged.tolist()
-        if logs is None or "loss" not in logs or not tokens:
+        if logs is None or "loss" not in logs:
+            return
+        if not self._is_observing:
+            self._is_observing = True
+            warnings.warn(
+                "TokenStatesCallback has seen no tokens, so it logs nothing and stops nothing; show it the loss's: "
+                "compute_loss_func(config, observer=callback.observe) or attach(model, config, "
+                "observer=callback.observe)",
+                stacklevel=2,
+            )
+        tokens, _, *sums = self._logged.tolist()
+        if not tokens:
             return
         averages = {name: total / tokens for name, total in zip(_SUMS, sums, strict=True)}
         logs.update(averages)
         state.log_history[-1].update(averages)
         self._logged = torch.zeros_like(self._logged)
 
-    def _is_held(self, step: Tensor) -> bool:
-        tokens, settled, _, total_kl, _ = step.tolist()
+    def _needs_gradient(self, states: TokenStates) -> Tensor:
+        """Whether a micro-batch would not be held, as the loss decides it, one by one."""
         threshold = self.config.hold_settled
-        held: bool = settled == tokens if isinstance(threshold, bool) else total_kl <= threshold * tokens
-        return held and tokens > 0
+        if isinstance(threshold, bool):
+            return (states.counted & ~states.settled).any()
+        # The mean over no token is NaN, and not above anything.
+        return states.kl[states.counted].mean() > threshold

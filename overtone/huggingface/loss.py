@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from overtone.contract import check_tensors
 from overtone.fused import overtone_loss
 from overtone.loss import OverToneConfig
 
@@ -48,15 +50,17 @@ def causal_lm_loss(
         ValueError, TypeError: as `overtone.overtone_loss`, and for DTensor logits or a loss_mask of another shape,
             with negative or non-finite weights.
     """
-    config = _checked(config)
+    config = checked_config(config)
     refuse_dtensor(logits)
-    if shift_labels is not None:
-        next_tokens = shift_labels
-    elif labels is not None:
-        next_tokens = _shifted(labels, ignore_index)
-    else:
+    tokens = labels if shift_labels is None else shift_labels
+    if tokens is None:
         raise ValueError("labels must be given: the loss needs the true tokens, got None (does the batch have labels?)")
-    next_tokens = next_tokens.to(logits.device)
+    if isinstance(tokens, Tensor):
+        tokens = tokens.to(logits.device)
+    check_tensors(logits, tokens)
+    # Before anything is filled in: ignore_index need not fit into the integers that the labels come in.
+    tokens = tokens.long()
+    next_tokens = _shifted(tokens, ignore_index) if shift_labels is None else tokens
     weights = None
     if loss_mask is not None:
         _check_mask(loss_mask, next_tokens)
@@ -73,7 +77,8 @@ def causal_lm_loss(
     else:
         total = (overtone_loss(logits, next_tokens, reduction="none", **settings) * weights).sum()
         if num_items_in_batch is None:
-            num_items_in_batch = weights[next_tokens != ignore_index].sum()
+            # Half precision counts no further than a few hundred.
+            num_items_in_batch = weights[next_tokens != ignore_index].sum(dtype=total.dtype)
     return total / _or_one_if_zero(num_items_in_batch, total)
 
 
@@ -86,7 +91,8 @@ def compute_loss_func(
     """A loss for ``Trainer(compute_loss_func=...)`` and ``SFTTrainer(compute_loss_func=...)``.
 
     Args:
-        config: the settings of the loss; None for the defaults.
+        config: the settings of the loss; None for the defaults. With its hold_settled, train in bf16 or float32: in
+            a held step under fp16=True torch's gradient scaler raises an AssertionError, since it finds no gradients.
         router_aux_loss_coef: weight of the auxiliary loss of a mixture-of-experts model, which the trainer leaves to
             this function: ``model.config.router_aux_loss_coef``. Needed as soon as the model returns one.
         observer: as for `causal_lm_loss`; ``TokenStatesCallback(...).observe``, say.
@@ -95,35 +101,12 @@ def compute_loss_func(
         ``(outputs, labels, num_items_in_batch=None) -> loss``, see `causal_lm_loss`. It raises a ValueError for
         outputs without logits, of an encoder-decoder model, or with an auxiliary loss that has no weight.
     """
-    config = _checked(config)
-
-    def overtone_compute_loss(
-        outputs: Any, labels: Tensor | None, num_items_in_batch: int | Tensor | None = None
-    ) -> Tensor:
-        named = outputs if isinstance(outputs, dict) else {"logits": outputs[0]}
-        logits = named.get("logits")
-        if logits is None:
-            raise ValueError(
-                "outputs must hold logits, got none: a fused loss (Liger's fused_linear_cross_entropy, TRL's "
-                "loss_type='chunked_nll') never builds them; pass use_liger_kernel=False and loss_type='nll'"
-            )
-        if named.get("encoder_last_hidden_state") is not None:
-            raise ValueError(
-                "outputs must come from a causal language model, got an encoder-decoder's, whose labels are not "
-                "shifted; call overtone.overtone_loss(outputs.logits, labels) in a loss function of your own"
-            )
-        loss = causal_lm_loss(logits, labels, config, num_items_in_batch=num_items_in_batch, observer=observer)
-        auxiliary: Tensor | None = named.get("aux_loss")
-        if auxiliary is None:
-            return loss
-        if router_aux_loss_coef is None:
-            raise ValueError(
-                "router_aux_loss_coef must be given: the model returns an auxiliary loss (aux_loss), and the trainer "
-                "leaves it to compute_loss_func; pass router_aux_loss_coef=model.config.router_aux_loss_coef, or 0"
-            )
-        return loss + router_aux_loss_coef * auxiliary.to(loss.device)
-
-    return overtone_compute_loss
+    return partial(
+        _loss_of_outputs,
+        config=checked_config(config),
+        router_aux_loss_coef=router_aux_loss_coef,
+        observer=observer,
+    )
 
 
 def refuse_dtensor(logits: Tensor) -> None:
@@ -139,10 +122,44 @@ def refuse_dtensor(logits: Tensor) -> None:
             )
 
 
-def _checked(config: OverToneConfig | None) -> OverToneConfig:
+def checked_config(config: OverToneConfig | None) -> OverToneConfig:
+    """The defaults for None; a TypeError for anything but an OverToneConfig."""
     if config is not None and not isinstance(config, OverToneConfig):
         raise TypeError(f"config must be an OverToneConfig or None, got {type(config).__name__}: {config!r}")
     return config or OverToneConfig()
+
+
+def _loss_of_outputs(
+    outputs: Any,
+    labels: Tensor | None,
+    num_items_in_batch: int | Tensor | None = None,
+    *,
+    config: OverToneConfig,
+    router_aux_loss_coef: float | None,
+    observer: Observer | None,
+) -> Tensor:
+    named = outputs if isinstance(outputs, dict) else {"logits": outputs[0]}
+    logits = named.get("logits")
+    if logits is None:
+        raise ValueError(
+            "outputs must hold logits, got none: a fused loss (Liger's fused_linear_cross_entropy, TRL's "
+            "loss_type='chunked_nll') never builds them; pass use_liger_kernel=False and loss_type='nll'"
+        )
+    if named.get("encoder_last_hidden_state") is not None:
+        raise ValueError(
+            "outputs must come from a causal language model, got an encoder-decoder's, whose labels are not "
+            "shifted; call overtone.overtone_loss(outputs.logits, labels) in a loss function of your own"
+        )
+    loss = causal_lm_loss(logits, labels, config, num_items_in_batch=num_items_in_batch, observer=observer)
+    auxiliary: Tensor | None = named.get("aux_loss")
+    if auxiliary is None:
+        return loss
+    if router_aux_loss_coef is None:
+        raise ValueError(
+            "router_aux_loss_coef must be given: the model returns an auxiliary loss (aux_loss), and the trainer "
+            "leaves it to compute_loss_func; pass router_aux_loss_coef=model.config.router_aux_loss_coef, or 0"
+        )
+    return loss + router_aux_loss_coef * auxiliary.to(loss.device)
 
 
 def _shifted(per_token: Tensor, fill: int) -> Tensor:
@@ -151,6 +168,8 @@ def _shifted(per_token: Tensor, fill: int) -> Tensor:
 
 
 def _check_mask(loss_mask: Tensor, next_tokens: Tensor) -> None:
+    if not isinstance(loss_mask, Tensor):
+        raise TypeError(f"loss_mask must be a torch.Tensor or None, got {type(loss_mask).__name__}")
     if loss_mask.shape != next_tokens.shape:
         raise ValueError(
             f"loss_mask must have the shape of the labels {tuple(next_tokens.shape)}, got {tuple(loss_mask.shape)}"

@@ -102,11 +102,14 @@ def note_call() -> None:
 
 
 def refuse_bypassed_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """A forward hook: raise a RuntimeError if a training step has computed its loss without the attached function."""
+    """A forward hook: raise a RuntimeError if a training step has computed its loss without the attached function.
+
+    It must be called always, without an output where the forward failed, so that a call noted there is forgotten.
+    """
     called, _calls.pending = _calls.pending, False
-    concerned = (
-        torch.is_grad_enabled() and kwargs.get("labels") is not None and getattr(output, "loss", None) is not None
-    )
+    # With return_dict=False the loss has no name, but comes with the labels as ever.
+    has_loss = isinstance(output, tuple) or getattr(output, "loss", None) is not None
+    concerned = torch.is_grad_enabled() and kwargs.get("labels") is not None and has_loss
     # DataParallel runs its replicas in threads of one process, where the note of a call cannot be told apart.
     if called or not concerned or getattr(model, "_is_replica", False):
         return
