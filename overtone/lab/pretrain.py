@@ -87,6 +87,15 @@ class Recipe:
     checkpoint_every: int = 100
 
 
+RECIPES: Mapping[str, Recipe] = {
+    "llama": Recipe(),
+    "qwen2": Recipe(),
+    "mistral": Recipe(),
+    "gpt2": Recipe(steps=1900),
+}
+"""What each architecture needs; with learned positions, names are copied later than with rotary ones."""
+
+
 @dataclass(frozen=True)
 class Knowledge:
     """The shares of a world's facts and two-hop questions that greedy generation answers word for word, in [0, 1]."""
@@ -142,7 +151,7 @@ def load_or_train(
         arch: one of ``ARCHITECTURES``.
         seed: of the initial weights and the order of the texts.
         cache_dir: where models are kept; by default ``$OVERTONE_CACHE``, else the user's cache folder.
-        recipe: how to train.
+        recipe: how to train; by default the one of ``RECIPES``.
         show_progress: whether to draw a progress bar.
 
     Raises:
@@ -151,7 +160,7 @@ def load_or_train(
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
-    recipe = recipe or Recipe()
+    recipe = recipe or RECIPES[arch]
     texts = world.training_texts()
     cache = Path(cache_dir or os.environ.get(CACHE_VARIABLE) or user_cache_dir("overtone"))
     cache.mkdir(parents=True, exist_ok=True)
@@ -214,7 +223,8 @@ def _share_recalled(
         chunk = rows[start : start + batch]
         width = len(chunk[-1][1])
         ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for _, row in chunk])
-        hits = model(ids).logits[:, :-1].argmax(-1) == ids[:, 1:]
+        logits = model(ids, attention_mask=(ids != tokenizer.pad_token_id).long()).logits
+        hits = logits[:, :-1].argmax(-1) == ids[:, 1:]
         recalled += sum(
             bool(hit[begin - 1 : len(row) - 1].all()) for hit, (begin, row) in zip(hits, chunk, strict=True)
         )
