@@ -13,7 +13,7 @@ from overtone.fused import overtone_loss
 from overtone.loss import OverToneConfig
 from overtone.rows import BLOCK_ELEMENTS
 
-__all__ = ["TokenStates", "token_states"]
+__all__ = ["TokenStates", "token_states", "underfitting_degree"]
 
 
 @dataclass(frozen=True)
@@ -91,3 +91,31 @@ def token_states(
     settled = counted & (kl < config.epsilon)
     fields = (kl, log_prob, settled, mixed, kept, correct, counted)
     return TokenStates(*(field.reshape(labels.shape) for field in fields))
+
+
+@torch.no_grad()
+def underfitting_degree(unedited_logits: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """How much less sure a model is of each target token than the unedited model was of its own greedy token.
+
+    `UD_i = log pi_0(greedy_i | c_i) - log pi_t(y_i | c_i)`, section 3.1 of the paper; negative means overfitted.
+
+    Args:
+        unedited_logits: of the model before the edit, ``(..., V)``.
+        logits: of the model at step t, at the same positions, ``(..., V)``.
+        labels: target tokens y, ``(...)``, none of them ignored.
+
+    Returns:
+        UD in nats, ``(...)``.
+
+    Raises:
+        ValueError, TypeError: as `overtone.overtone_loss`, and for unedited_logits of another shape.
+    """
+    check_tensors(logits, labels)
+    if unedited_logits.shape != logits.shape:
+        raise ValueError(
+            f"unedited_logits must have the shape of logits {tuple(logits.shape)}, got {tuple(unedited_logits.shape)}"
+        )
+    dtype = working_dtype(logits)
+    before = unedited_logits.to(dtype).log_softmax(dim=-1).amax(dim=-1)
+    now = logits.to(dtype).log_softmax(dim=-1).gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
+    return before - now

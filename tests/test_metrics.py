@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from overtone.diagnostics import underfitting_degree
 from overtone.lab.editors import open_down_projection
 from overtone.lab.metrics import complete, examine, is_exact_match, kl_divergence, score
-from overtone.lab.traces import Tracer, underfitting_degree
+from overtone.lab.traces import Tracer
 from overtone.lab.world import Edit, Probe
 
 
@@ -214,7 +215,7 @@ class TestUnderfittingDegree:
         )
 
     def test_names_shapes_that_do_not_fit(self):
-        with pytest.raises(ValueError, match=r"unedited_logits \(2, 3\)"):
+        with pytest.raises(ValueError, match=r"unedited_logits must .* logits \(2, 4\), got \(2, 3\)"):
             underfitting_degree(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))
 
 

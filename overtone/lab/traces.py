@@ -10,33 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from overtone.diagnostics import underfitting_degree
 from overtone.lab.batching import encode_targets, target_logits
 from overtone.lab.world import Edit
-
-
-def underfitting_degree(unedited_logits: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """How much less sure a model is of each target token than the unedited model was of its own greedy token.
-
-    `UD_i = log pi_0(greedy_i | c_i) - log pi_t(y_i | c_i)`, section 3.1 of the paper; negative means overfitted.
-
-    Args:
-        unedited_logits: of the model before the edit, (N, V).
-        logits: of the model at step t, at the same positions, (N, V).
-        labels: target tokens y, (N,).
-
-    Returns:
-        UD in nats, (N,).
-
-    Raises:
-        ValueError: shapes that do not fit.
-    """
-    if unedited_logits.shape != logits.shape or logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"unedited_logits {tuple(unedited_logits.shape)}, logits {tuple(logits.shape)} and labels "
-            f"{tuple(labels.shape)} must be (N, V), (N, V) and (N,)"
-        )
-    before = unedited_logits.log_softmax(dim=-1).amax(dim=-1)
-    return before + F.cross_entropy(logits, labels, reduction="none")
 
 
 @dataclass(frozen=True)
