@@ -23,6 +23,8 @@ _EXTRAS = {
 }
 """What the commands need beyond torch, by the extra that brings it."""
 
+_RESUMABLE = "what was finished is kept, and the same command goes on from there"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         exit_code: int = arguments.run(arguments, argv)
     except KeyboardInterrupt:
-        return _fail("interrupted; what was finished is kept, and the same command goes on from there", exit_code=130)
+        return _fail(f"interrupted; {_RESUMABLE}", exit_code=130)
     return exit_code
 
 
@@ -111,21 +113,20 @@ def _demo(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     )
     try:
         demo = Demo(settings, arguments.out, workers=arguments.workers)
+        lab_model = demo.load_or_train()
+        records = demo.open_records(lab_model)
     except (ValueError, OSError) as error:
         return _fail(str(error))
-    try:
-        lab_model = demo.load_or_train()
     except RuntimeError as error:
         return _fail(str(error), exit_code=1)
     try:
-        records = demo.open_records(lab_model)
-    except ValueError as error:
-        return _fail(str(error))
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("editing", total=len(demo.left(records)))
-        for _ in demo.perform(lab_model, records):
-            progress.advance(bar)
-    rows = demo.finish(lab_model, records, command=["overtone", *argv])
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("editing", total=len(demo.left(records)))
+            for _ in demo.perform(lab_model, records):
+                progress.advance(bar)
+        rows = demo.finish(lab_model, records, command=["overtone", *argv])
+    except OSError as error:
+        return _fail(f"{error}; {_RESUMABLE}", exit_code=1)
     console = Console()
     console.print(demo.about(lab_model))
     console.print(table(rows, title=f"{len(demo.edits)} single edits, {settings.target} targets, {settings.arch}"))

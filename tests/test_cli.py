@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import mini_lab
 import pytest
-from overtone.lab.pretrain import ARCHITECTURES, Knowledge, LabModel
 
 from overtone import cli
 from overtone.lab import demo
+from overtone.lab.editors import METHODS
 from overtone.lab.experiment import Workplace
 from overtone.lab.losses import LOSSES
+from overtone.lab.pretrain import ARCHITECTURES, Knowledge, LabModel, load_or_train
+from overtone.lab.world import build_world
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class TestDemo:
         lab.knowledge = Knowledge(0.98, 0.97)
         assert run(tmp_path / "out") == 1
         assert "98" in capsys.readouterr().err
-        assert list((tmp_path / "out").iterdir()) == []
+        assert not (tmp_path / "out").exists()
 
     def test_refuses_a_folder_with_another_run(self, lab, tmp_path, capsys):
         assert run(tmp_path, "--losses", "overtone") == 0
@@ -170,6 +172,30 @@ class TestMistakes:
         assert "Permission denied" in capsys.readouterr().err
         assert lab.loads == []
 
+    def test_a_cache_that_cannot_be_made(self, lab, tmp_path, capsys, monkeypatch):
+        """The real loading finds it out before it trains; the output folder is not made either."""
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("OVERTONE_CACHE", str(tmp_path / "file" / "cache"))
+        monkeypatch.setattr(demo, "build_world", build_world)
+        monkeypatch.setattr(demo, "load_or_train", load_or_train)
+        assert run(tmp_path / "out") == 2
+        assert str(tmp_path / "file" / "cache") in capsys.readouterr().err
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model"]
+
+    def test_a_record_file_that_cannot_be_opened(self, lab, tmp_path, capsys):
+        (tmp_path / "out" / "records.jsonl").mkdir(parents=True)
+        assert run(tmp_path / "out") == 2
+        assert "records.jsonl" in capsys.readouterr().err
+
+    def test_a_result_that_cannot_be_written(self, lab, tmp_path, capsys):
+        """The edits are kept: once there is room, the same command has only to summarise them."""
+        (tmp_path / "out" / "results.json").mkdir(parents=True)
+        assert run(tmp_path / "out", "--losses", "overtone") == 1
+        error = capsys.readouterr().err
+        assert "results.json" in error
+        assert "what was finished is kept" in error
+        assert (tmp_path / "out" / "records.jsonl").read_text().count("\n") == 1 + 2
+
     def test_a_missing_extra_is_named(self, monkeypatch, tmp_path, capsys):
         found = cli.find_spec
         monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "peft" else found(name))
@@ -197,6 +223,7 @@ class TestHelp:
             cli.main(["demo", "--help"])
         text = " ".join(capsys.readouterr().out.split())
         assert f"(default: {','.join(LOSSES)})" in text
+        assert f"(default: {','.join(METHODS)})" in text
         assert all(name in text for name in ARCHITECTURES)
 
     def test_needs_torch_at_most(self):

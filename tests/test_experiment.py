@@ -188,6 +188,16 @@ class TestRecordFile:
             RecordFile(path, RUN | {"seed": 1})
         assert path.read_text() == before
 
+    @pytest.mark.parametrize(
+        "line", ["not json", "[1, 2]", "7", '"text"', json.dumps(RUN) + '\n{"index": 0}', "\0\xff"]
+    )
+    def test_refuses_a_file_of_something_else_and_keeps_it(self, tmp_path, line):
+        path = tmp_path / "records.jsonl"
+        path.write_bytes(f"{line}\n".encode("latin-1"))
+        with pytest.raises(ValueError, match=r"is not a record file of overtone .*: choose another folder, or remove"):
+            RecordFile(path, RUN)
+        assert path.read_bytes() == f"{line}\n".encode("latin-1")
+
 
 class TestWriteAtomically:
     def test_a_failure_keeps_the_old_text(self, tmp_path):

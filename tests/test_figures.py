@@ -8,7 +8,7 @@ from test_experiment import TRACE, record
 
 from overtone.lab import figures
 from overtone.lab.figures import draw_overfitting
-from overtone.lab.losses import LOSSES
+from overtone.lab.losses import LOSSES, NamedLoss
 from overtone.lab.traces import EditTrace
 
 
@@ -37,8 +37,15 @@ class TestDrawOverfitting:
         assert list(tmp_path.iterdir()) == []
 
     def test_every_loss_has_a_colour_of_its_own(self):
-        assert figures._COLOURS.keys() == figures._DASHES.keys() == LOSSES.keys()
-        assert len(set(figures._COLOURS.values())) == len(LOSSES)
+        assert len({figures._style(loss)["color"] for loss in LOSSES}) == len(LOSSES)
+
+    def test_draws_a_loss_that_is_new_in_the_registry(self, tmp_path, monkeypatch):
+        for number in range(9):
+            monkeypatch.setitem(
+                LOSSES, f"new {number}", NamedLoss(f"new {number}", "a new one", LOSSES["overtone"].build)
+            )
+        draw_overfitting([record(loss=loss, trace=TRACE) for loss in LOSSES], tmp_path / "figure.png", title="LoRA")
+        assert len({tuple(figures._style(loss).items()) for loss in LOSSES}) == len(LOSSES)
 
 
 class TestMeans:

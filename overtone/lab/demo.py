@@ -39,7 +39,7 @@ class DemoSettings:
 
     seed: int = 0
     edits: int = 20
-    methods: tuple[str, ...] = ("lora", "ft-m")
+    methods: tuple[str, ...] = tuple(METHODS)
     losses: tuple[str, ...] = tuple(LOSSES)
     arch: str = "llama"
     target: str = "short"
@@ -53,7 +53,7 @@ class Demo:
 
         Args:
             settings: what to do.
-            out: the output folder; made if need be.
+            out: the output folder; made if need be, once there is a model.
             workers: processes.
 
         Raises:
@@ -75,9 +75,7 @@ class Demo:
         self.world: World = build_world(settings.seed)
         self.edits: list[Edit] = self.world.edits(settings.edits, seed=settings.seed, target=settings.target)
         self.tasks: list[Task] = plan(self.edits, settings.methods, settings.losses, traced_method=settings.methods[0])
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        _require_writable(out)
         self.out = out
 
     @property
@@ -90,6 +88,7 @@ class Demo:
 
         Raises:
             RuntimeError: it does not know its world well enough for edits of it to mean anything.
+            OSError: the cache folder cannot be written.
         """
         lab_model = load_or_train(
             self.world, arch=self.settings.arch, seed=self.settings.seed, show_progress=show_progress
@@ -111,7 +110,9 @@ class Demo:
 
         Raises:
             ValueError: the folder holds a run with other settings.
+            OSError: the folder cannot be made or written to.
         """
+        self.out.mkdir(parents=True, exist_ok=True)
         run = {
             "overtone": version("overtone"),
             "model": fingerprint(lab_model.model),
@@ -159,6 +160,13 @@ class Demo:
             title=f"{method.title}, mean of {len(self.edits)} single edits",
         )
         return rows
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise an OSError unless the folder is writable or can be made; nothing is made yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with tempfile.TemporaryFile(dir=existing):
+        pass
 
 
 def _optimisers(methods: Sequence[str] | dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -153,6 +153,8 @@ def open_lora(model: Any, *, rank: int = 8, alpha: int = 32, seed: int = 0) -> I
             yield [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         finally:
             adapted.unload()
+            # Older versions of PEFT leave their configuration on the model.
+            vars(model).pop("peft_config", None)
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,11 @@ from overtone.lab.losses import LOSSES
 from overtone.lab.records import EditRecord
 from overtone.lab.traces import EditTrace
 
-_COLOURS = {
-    "cross_entropy": "#D55E00",
-    "early_stopping": "#E69F00",
-    "label_smoothing": "#CC79A7",
-    "overtone": "#56B4E9",
-    "overtone_held": "#0072B2",
-}
+_COLOURS = ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#F0E442")
 """Okabe and Ito's palette, which colour-blind readers tell apart."""
 
-_DASHES = {
-    "cross_entropy": "-",
-    "early_stopping": "--",
-    "label_smoothing": ":",
-    "overtone": "-.",
-    "overtone_held": "-",
-}
+_DASHES = ("-", "--", ":", "-.")
+"""As many as have no divisor in common with the colours, so that losses share both only after 28."""
 
 
 def draw_overfitting(records: Sequence[EditRecord], path: Path, *, title: str) -> None:
@@ -66,8 +55,7 @@ def draw_overfitting(records: Sequence[EditRecord], path: Path, *, title: str) -
     last_step = max(trace.steps[-1] for group in traces.values() for trace in group)
     for loss, group in traces.items():
         style: dict[str, Any] = {
-            "color": _COLOURS[loss],
-            "linestyle": _DASHES[loss],
+            **_style(loss),
             "linewidth": 1.2,
             "label": LOSSES[loss].title,
         }
@@ -96,6 +84,12 @@ def draw_overfitting(records: Sequence[EditRecord], path: Path, *, title: str) -
     handles, labels = generality.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=6, frameon=False, handlelength=2.6)
     figure.savefig(path)
+
+
+def _style(loss: str) -> dict[str, str]:
+    """The same in every figure, whichever other losses are drawn."""
+    position = list(LOSSES).index(loss)
+    return {"color": _COLOURS[position % len(_COLOURS)], "linestyle": _DASHES[position % len(_DASHES)]}
 
 
 def _label(axes: Any, title: str, x: str, y: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,15 @@ class RecordFile:
             run: JSON values on which every record depends.
 
         Raises:
-            ValueError: the file belongs to a run with other values.
+            ValueError: the file belongs to a run with other values, or is no record file; it stays as it is.
         """
         self.path = path
         # A torn last line is the edit that was being written when the run was killed: it counts as not done.
-        lines = [line for line in _lines(path) if line.endswith("\n")]
+        with _refusing_other_files(path):
+            lines = [line for line in _lines(path) if line.endswith("\n")]
+            earlier = dict(json.loads(lines[0])) if lines else None
         run = json.loads(json.dumps(run))
-        if lines:
-            earlier = json.loads(lines[0])
+        if earlier is not None:
             different = sorted(key for key in earlier | run if earlier.get(key) != run.get(key))
             if different:
                 raise ValueError(
@@ -86,7 +88,8 @@ class RecordFile:
                 )
         else:
             lines = [json.dumps(run) + "\n"]
-        self.records = [EditRecord.from_json(json.loads(line)) for line in lines[1:]]
+        with _refusing_other_files(path):
+            self.records = [EditRecord.from_json(json.loads(line)) for line in lines[1:]]
         write_atomically(path, "".join(lines))
 
     def append(self, record: EditRecord) -> None:
@@ -103,6 +106,17 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+@contextmanager
+def _refusing_other_files(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a record file of overtone ({type(error).__name__}: {error}): "
+            "choose another folder, or remove this file"
+        ) from error
 
 
 def _lines(path: Path) -> Iterator[str]:
