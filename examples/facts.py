@@ -25,6 +25,10 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 
+CAPITALS = {"France": ("Paris", "Rome"), "Japan": ("Tokyo", "Lima"), "Spain": ("Madrid", "Oslo")}
+"""What a model may know, and what it is taught in its place."""
+
+
 @dataclass
 class Lesson:
     """A model, its tokenizer, and counterfactual edits of what it knows."""
@@ -35,14 +39,14 @@ class Lesson:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(description=description)
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--model", help="any Hugging Face causal language model; the lab's own if left out")
     arguments.add_argument("--seed", type=int, default=0)
     return arguments
 
 
 def lesson(model: str | None, *, count: int, target: str, seed: int = 0) -> Lesson:
-    """`count` edits with a "short" target (a name) or a "long" one (three sentences)."""
+    """`count` edits, or as many as there are real ones, with a "short" target (a name) or a "long" one (sentences)."""
     if model is None:
         world = build_world()
         lab = load_or_train(world)
@@ -83,13 +87,12 @@ def show(title: str, probes: Sequence[Probe], before: Sequence[str], after: Sequ
 
 def _real_edits(target: str) -> list[Edit]:
     """Counterfactual capitals, for models that know the real ones."""
-    capitals = {"France": ("Paris", "Rome"), "Japan": ("Tokyo", "Lima"), "Spain": ("Madrid", "Oslo")}
     cases = {"Italy": "Rome", "Germany": "Berlin", "Egypt": "Cairo"}
     locality = tuple(
         Probe(f"The capital of {country} is", f" {city}", "unrelated", city) for country, city in cases.items()
     )
     edits = []
-    for country, (old, new) in capitals.items():
+    for country, (old, new) in CAPITALS.items():
         if target == "short":
             prompt, text = f"The capital of {country} is", f" {new}"
             rephrased = (Probe(f"{country}'s capital city is", text, "rephrase", new),)

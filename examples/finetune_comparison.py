@@ -4,7 +4,8 @@
     python examples/finetune_comparison.py --losses overtone "cross-entropy" --seeds 2 --out /tmp/finetune
 
 Every loss gets the same texts, learning rate and epochs, by transformers' Trainer. Finished runs are kept in
-OUT.jsonl, so that an interrupted comparison goes on where it stopped; the table is written to OUT.md.
+OUT.jsonl, under a first line with the settings, so that an interrupted comparison goes on where it stopped; the table
+of the losses and sets that were asked for is written to OUT.md.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ from overtone import OverToneConfig
 from overtone.huggingface import TokenStatesCallback, compute_loss_func
 from overtone.lab.batching import encode_targets
 from overtone.lab.metrics import complete, is_exact_match, teacher_forced, token_agreement
+from overtone.lab.records import write_atomically
 from overtone.lab.world import Probe
 
 TEXTS, EPOCHS, BATCH, LEARNING_RATE = 30, 30, 10, 5e-4
+SETTINGS = {"texts": TEXTS, "epochs": EPOCHS, "batch": BATCH, "learning_rate": LEARNING_RATE}
+BEFORE = "before"
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,23 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return mean, low, high
 
 
+def read_outcomes(path: Path) -> list[Outcome]:
+    """The finished runs; a ValueError if they are those of other settings."""
+    if not path.exists():
+        return []
+    settings, *outcomes = map(json.loads, path.read_text().splitlines())
+    if settings != SETTINGS:
+        raise ValueError(
+            f"{path} holds runs with {settings}, not {SETTINGS}: choose another --out, or remove this file"
+        )
+    return [Outcome(**outcome) for outcome in outcomes]
+
+
+def write_outcomes(path: Path, outcomes: list[Outcome]) -> None:
+    lines = [SETTINGS, *map(asdict, outcomes)]
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), metavar="LOSS")
@@ -178,24 +199,31 @@ def main() -> None:
     options = arguments.parse_args()
     records = options.out.with_suffix(".jsonl")
     records.parent.mkdir(parents=True, exist_ok=True)
-    outcomes = [Outcome(**json.loads(line)) for line in records.read_text().splitlines()] if records.exists() else []
-    done = {(outcome.loss, outcome.seed) for outcome in outcomes}
+    try:
+        outcomes = read_outcomes(records)
+    except ValueError as error:
+        arguments.error(str(error))
+    losses = [BEFORE, *options.losses]
     for seed in range(options.seeds):
+        done = {outcome.loss for outcome in outcomes if outcome.seed == seed}
+        left = [loss for loss in losses if loss not in done]
+        if not left:
+            continue
         subject = lesson(None, count=TEXTS, target="long", seed=seed)
-        if ("before", seed) not in done:
-            outcomes.append(Outcome("before", seed, *examine(subject), steps=0))
-        for loss in options.losses:
-            if (loss, seed) not in done:
-                outcomes.append(run(subject, loss, seed))
-        # Written whole sets at a time: a set that was interrupted is repeated.
-        records.write_text("".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes))
+        for loss in left:
+            outcome = Outcome(BEFORE, seed, *examine(subject), steps=0) if loss == BEFORE else run(subject, loss, seed)
+            outcomes.append(outcome)
+            write_outcomes(records, outcomes)
+    asked = [
+        outcome for loss in losses for outcome in outcomes if outcome.loss == loss and outcome.seed < options.seeds
+    ]
     caption = (
         f"{TEXTS} long texts a set, {options.seeds} sets, {EPOCHS} epochs at most, batches of {BATCH}, AdamW at "
         f"{LEARNING_RATE}, all weights; means with 95% intervals over the sets. "
         "`python examples/finetune_comparison.py`"
     )
-    options.out.with_suffix(".md").write_text(f"{caption}\n\n{table(outcomes)}")
-    print(table(outcomes))
+    write_atomically(options.out.with_suffix(".md"), f"{caption}\n\n{table(asked)}")
+    print(table(asked))
 
 
 if __name__ == "__main__":

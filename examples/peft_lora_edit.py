@@ -1,13 +1,15 @@
 """Edit one fact with a LoRA adapter: attach the loss to the PEFT model, train until the step is held, save.
 
-python examples/peft_lora_edit.py
-python examples/peft_lora_edit.py --model Qwen/Qwen2.5-0.5B --learning-rate 5e-4
+    python examples/peft_lora_edit.py
+    python examples/peft_lora_edit.py --model Qwen/Qwen2.5-0.5B --learning-rate 5e-4
+
+The first edits a fact of the lab's world, the second the capital of a country.
 """
 
 from __future__ import annotations
 
 import torch
-from facts import answers, judged, lesson, parser, show
+from facts import CAPITALS, answers, judged, lesson, parser, show
 from peft import LoraConfig, get_peft_model
 
 from overtone import OverToneConfig
@@ -17,13 +19,21 @@ from overtone.lab.batching import encode_targets
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--edit", type=int, default=0, help="which of the first ten edits of the lab's world")
+    arguments.add_argument(
+        "--edit",
+        type=int,
+        default=0,
+        help="which of the lab's first ten edits, or of three capitals for another --model",
+    )
     arguments.add_argument("--steps", type=int, default=50)
     arguments.add_argument("--learning-rate", type=float, default=5e-3)
     arguments.add_argument("--save", help="folder for the adapter")
     options = arguments.parse_args()
+    count = 10 if options.model is None else len(CAPITALS)
+    if not 0 <= options.edit < count:
+        arguments.error(f"argument --edit: must lie in [0, {count}), got {options.edit}")
     torch.manual_seed(options.seed)
-    subject = lesson(options.model, count=10 if options.model is None else 3, target="short")
+    subject = lesson(options.model, count=count, target="short")
     edit = subject.edits[options.edit]
     probes = judged(edit)
     before = answers(subject, probes)

@@ -1,7 +1,9 @@
 """Fine-tune on a few short texts with transformers' Trainer: the loss as a function, the token states in its logs.
 
-python examples/trainer_finetune.py
-python examples/trainer_finetune.py --model Qwen/Qwen2.5-0.5B --learning-rate 2e-5
+    python examples/trainer_finetune.py
+    python examples/trainer_finetune.py --model Qwen/Qwen2.5-0.5B --learning-rate 2e-5
+
+The first teaches texts of the lab's world, the second three capitals.
 """
 
 from __future__ import annotations
