@@ -50,8 +50,10 @@ LOSSES: dict[str, Any] = {
     "overtone mean 0.1": {"name": "overtone", "hold_settled": 0.1},
     "overtone mean 0.2": {"name": "overtone", "hold_settled": 0.2},
     "overtone": "overtone",
+    "cross-entropy without templates": {"name": "cross_entropy", "context_templates": False},
+    "overtone with templates": {"name": "overtone", "context_templates": True},
 }
-"""By name; "overtone" is the flag alone, with its default hold."""
+"""By name; "overtone" is the flag alone, with its default hold. The last two are for WISE."""
 
 
 @dataclass(frozen=True)
