@@ -221,16 +221,16 @@ class Questions:
 
 class TestKnowledge:
     def test_is_what_greedy_generation_says_word_for_word(self, tmp_path):
-        half_trained = train(tmp_path, recipe=dataclasses.replace(RECIPE, steps=80, blocks=4, block_length=64))
+        half_trained = train(tmp_path, recipe=dataclasses.replace(RECIPE, steps=100, blocks=4, block_length=64))
         model, tokenizer = half_trained.model, half_trained.tokenizer
 
         def said(probe):
             prompt = tokenizer(probe.prompt, return_tensors="pt")
             length = len(tokenizer(probe.target.rstrip(".") + ".").input_ids)
-            ids = model.generate(**prompt, max_new_tokens=length, do_sample=False, use_cache=False)[0]
+            ids = model.generate(**prompt, max_new_tokens=length, do_sample=False)[0]
             return tokenizer.decode(ids)
 
-        facts = WORLD.fact_probes()[::9]
+        facts = WORLD.fact_probes()[::3]
         share = sum(said(probe).strip() == f"{probe.prompt}{probe.target}." for probe in facts) / len(facts)
         questions = Questions(facts, [dataclasses.replace(probe, target=f"{probe.target}.") for probe in facts])
         assert 0 < share < 1

@@ -29,5 +29,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     # Sorted, since the trainer breaks ties between merges by the order of the texts.
     bpe.train_from_iterator(sorted(set(texts)), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
+        tokenizer_object=bpe,
+        eos_token=END,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        # Without token types, which older versions add and no causal model takes.
+        model_input_names=["input_ids", "attention_mask"],
     )
