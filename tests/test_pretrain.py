@@ -206,35 +206,37 @@ class TestTokenizer:
 
 
 @dataclasses.dataclass
-class Questions:
-    """What of a world :func:`measure_knowledge` asks."""
+class FewFacts:
+    """A world that tells some of the facts that it asks."""
 
-    facts: list
-    two_hops: list
+    told: list
+    kept_back: list
+
+    def training_texts(self):
+        return [f"{probe.prompt}{probe.target}." for probe in self.told] * 20
 
     def fact_probes(self):
-        return self.facts
+        return self.told + self.kept_back
 
     def two_hop_probes(self):
-        return self.two_hops
+        return self.told
 
 
 class TestKnowledge:
     def test_is_what_greedy_generation_says_word_for_word(self, tmp_path):
-        half_trained = train(tmp_path, recipe=dataclasses.replace(RECIPE, steps=100, blocks=4, block_length=64))
-        model, tokenizer = half_trained.model, half_trained.tokenizer
-
-        def said(probe):
-            prompt = tokenizer(probe.prompt, return_tensors="pt")
-            length = len(tokenizer(probe.target.rstrip(".") + ".").input_ids)
-            ids = model.generate(**prompt, max_new_tokens=length, do_sample=False)[0]
-            return tokenizer.decode(ids)
-
         facts = WORLD.fact_probes()[::3]
-        share = sum(said(probe).strip() == f"{probe.prompt}{probe.target}." for probe in facts) / len(facts)
-        questions = Questions(facts, [dataclasses.replace(probe, target=f"{probe.target}.") for probe in facts])
-        assert 0 < share < 1
-        assert measure_knowledge(model, tokenizer, questions) == Knowledge(share, share)
+        few = FewFacts(told=facts[:6], kept_back=facts[6:14])
+        lab = train(tmp_path, world=few, recipe=dataclasses.replace(RECIPE, steps=60))
+
+        def says(probe):
+            prompt = lab.tokenizer(probe.prompt, return_tensors="pt")
+            length = len(lab.tokenizer(f"{probe.target}.").input_ids)
+            ids = lab.model.generate(**prompt, max_new_tokens=length, do_sample=False)[0]
+            return lab.tokenizer.decode(ids).strip() == f"{probe.prompt}{probe.target}."
+
+        shares = [sum(map(says, probes)) / len(probes) for probes in (few.fact_probes(), few.two_hop_probes())]
+        assert 0 < shares[0] < shares[1]
+        assert lab.knowledge == measure_knowledge(lab.model, lab.tokenizer, few) == Knowledge(*shares)
 
     @pytest.mark.parametrize(("facts", "two_hops"), [(0.98, 1.0), (1.0, 0.94)])
     def test_too_little_is_refused(self, facts, two_hops):
