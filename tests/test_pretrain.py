@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from overtone.lab import pretrain
@@ -237,6 +239,24 @@ class TestKnowledge:
         shares = [sum(map(says, probes)) / len(probes) for probes in (few.fact_probes(), few.two_hop_probes())]
         assert 0 < shares[0] < shares[1]
         assert lab.knowledge == measure_knowledge(lab.model, lab.tokenizer, few) == Knowledge(*shares)
+
+    def test_every_token_of_the_target_and_its_full_stop_counts_and_none_of_the_prompt(self, trained):
+        probe = WORLD.fact_probes()[0]
+        prompt = len(trained.tokenizer(probe.prompt).input_ids)
+        length = len(trained.tokenizer(f"{probe.prompt}{probe.target}.").input_ids)
+
+        def share_recalled(*, wrong):
+            """Of a model that says each token right but the one at position ``wrong``."""
+
+            def model(ids, attention_mask):
+                said = ids.roll(-1, dims=1)
+                said[:, wrong - 1] += 1
+                return SimpleNamespace(logits=F.one_hot(said, 1000))
+
+            return measure_knowledge(model, trained.tokenizer, FewFacts([probe], [])).fact_accuracy
+
+        shares = [share_recalled(wrong=position) for position in range(1, length)]
+        assert shares == [1.0] * (prompt - 1) + [0.0] * (length - prompt)
 
     @pytest.mark.parametrize(("facts", "two_hops"), [(0.98, 1.0), (1.0, 0.94)])
     def test_too_little_is_refused(self, facts, two_hops):
