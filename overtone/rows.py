@@ -14,6 +14,7 @@ Rows are worked through in blocks that stay in the processor's cache. Difference
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -233,10 +234,27 @@ def _blocks(needed: Tensor, vocabulary: int) -> Iterator[Rows]:
         yield from torch.split(needed.nonzero().squeeze(1), size)
 
 
+class _Scratch(threading.local):
+    """Each thread's working memory, kept: to fault it in for every call costs more than a small call's arithmetic."""
+
+    def __init__(self) -> None:
+        self.flat: dict[torch.dtype, Tensor] = {}
+
+
+_scratch = _Scratch()
+
+
 def _workspace(logits: Tensor) -> Tensor:
-    """Three blocks of scratch in working precision."""
+    """Three blocks of scratch in working precision, never in use by two calls at once."""
     size = min(max(1, BLOCK_ELEMENTS // logits.shape[1]), max(1, len(logits)))
-    return torch.empty(3, size, logits.shape[1], dtype=working_dtype(logits), device=logits.device)
+    shape, dtype = (3, size, logits.shape[1]), working_dtype(logits)
+    if logits.device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=logits.device)
+    flat = _scratch.flat.get(dtype)
+    if flat is None or len(flat) < math.prod(shape):
+        with torch.inference_mode(False):
+            flat = _scratch.flat[dtype] = torch.empty(math.prod(shape), dtype=dtype)
+    return flat[: math.prod(shape)].view(shape)
 
 
 def _load(logits: Tensor, rows: Rows, buffer: Tensor) -> Tensor:

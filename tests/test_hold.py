@@ -16,7 +16,7 @@ from overtone.functional import reference_loss
 OPTIMISERS = {
     "Adam": lambda params: torch.optim.Adam(params, lr=0.01),
     "AdamW": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1),
-    "SGD with momentum": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+    "SGD with momentum": lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9),
 }
 TOKENS = torch.tensor([[5, 9, 2, 7, 7, 1]])
 LABELS = torch.tensor([[-100, -100, 2, 7, 7, 1]])

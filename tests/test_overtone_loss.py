@@ -1,6 +1,7 @@
 """The closed form against the literal reference, against torch, and at every edge."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -375,6 +376,19 @@ class TestEdges:
             assert not loss.requires_grad
             assert torch.equal(loss, expected)
 
+    def test_scratch_survives_modes_and_threads(self):
+        """Working memory first made in inference mode, or used by another thread meanwhile, spoils no later call."""
+        rows._scratch.flat.clear()
+        logits, labels = draw_tokens(200, 90)
+        expected = value_and_gradient(reference_loss, logits, labels)
+        with torch.inference_mode():
+            overtone_loss(logits, labels)
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda _: value_and_gradient(overtone_loss, logits, labels), range(20)))
+        for value, gradient in [*results, value_and_gradient(overtone_loss, logits, labels)]:
+            torch.testing.assert_close(value, expected[0], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(gradient, expected[1], rtol=0, atol=1e-12)
+
     def test_cpu_autocast(self):
         """Inside autocast a bfloat16 model's logits are worked out in float32 all the same."""
         torch.manual_seed(0)
@@ -417,6 +431,7 @@ class TestMemory:
     def test_no_target_tensor(self, dtype, monkeypatch):
         """Beside the logits and the gradient that is asked for, nothing is larger than a few blocks of rows."""
         monkeypatch.setattr(rows, "BLOCK_ELEMENTS", 2000)
+        rows._scratch.flat.clear()
         logits, labels = draw_tokens(100, 1000, dtype=dtype)
         settings = rows.TargetSettings(n_sigma=0.5, lam=0.1, check=True)
         gradient = torch.empty_like(logits)

@@ -165,8 +165,11 @@ class Demo:
 def _require_writable(folder: Path) -> None:
     """Raise an OSError unless the folder is writable or can be made; nothing is made yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    with tempfile.TemporaryFile(dir=existing):
-        pass
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(f"out must be a folder that can be written to, got {str(folder)!r} ({error.strerror})") from error
 
 
 def _optimisers(methods: Sequence[str] | dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -29,7 +29,7 @@ METHODS = ("FT", "LoRA", "MELO", "WISE")
 ARCHITECTURES = ("llama", "gpt2", "qwen2", "mistral")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _need_easyedit():
     if ROOT is None:
         pytest.skip("set EASYEDIT_ROOT to a checkout of EasyEdit, in an environment with its requirements")
