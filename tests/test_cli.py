@@ -169,7 +169,9 @@ class TestMistakes:
 
         monkeypatch.setattr(demo.tempfile, "TemporaryFile", refuse)
         assert run(tmp_path / "out") == 2
-        assert "Permission denied" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert f"out must be a folder that can be written to, got {str(tmp_path / 'out')!r}" in error
+        assert "Permission denied" in error
         assert lab.loads == []
 
     def test_a_cache_that_cannot_be_made(self, lab, tmp_path, capsys, monkeypatch):

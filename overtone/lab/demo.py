@@ -17,6 +17,7 @@ from overtone.lab.figures import draw_overfitting
 from overtone.lab.losses import LOSSES, named_losses
 from overtone.lab.pretrain import ARCHITECTURES, LabModel, load_or_train
 from overtone.lab.records import EditRecord, RecordFile, write_atomically
+from overtone.lab.registry import look_up
 from overtone.lab.summary import SummaryRow, summarise
 from overtone.lab.world import Edit, World, build_world
 
@@ -62,8 +63,7 @@ class Demo:
         """
         named_methods(settings.methods)
         named_losses(settings.losses)
-        if settings.arch not in ARCHITECTURES:
-            raise ValueError(f"unknown architecture {settings.arch!r}: choose from {', '.join(ARCHITECTURES)}")
+        look_up(ARCHITECTURES, "architecture", [settings.arch])
         for argument in ("methods", "losses"):
             if not getattr(settings, argument):
                 raise ValueError(f"{argument} is empty: name at least one")

@@ -18,6 +18,7 @@ from torch import nn
 
 from overtone.lab.batching import TargetBatch, target_logits
 from overtone.lab.losses import TokenLoss
+from overtone.lab.registry import look_up
 
 
 @dataclass(frozen=True)
@@ -192,11 +193,7 @@ def named_methods(names: Iterable[str]) -> list[EditingMethod]:
     Raises:
         ValueError: a name that is not there, with those that are.
     """
-    names = list(names)
-    for name in names:
-        if name not in METHODS:
-            raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-    return [METHODS[name] for name in names]
+    return look_up(METHODS, "method", names)
 
 
 @contextmanager

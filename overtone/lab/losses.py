@@ -9,6 +9,7 @@ from typing import TypeAlias
 from torch import Tensor
 from torch.nn import functional as F
 
+from overtone.lab.registry import look_up
 from overtone.loss import OverToneConfig, OverToneLoss
 
 TokenLoss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -65,8 +66,4 @@ def named_losses(names: Iterable[str]) -> list[NamedLoss]:
     Raises:
         ValueError: a name that is not there, with those that are.
     """
-    names = list(names)
-    for name in names:
-        if name not in LOSSES:
-            raise ValueError(f"unknown loss {name!r}: choose from {', '.join(LOSSES)}")
-    return [LOSSES[name] for name in names]
+    return look_up(LOSSES, "loss", names)
