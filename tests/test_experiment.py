@@ -154,38 +154,38 @@ class TestFingerprint:
 class TestRecordFile:
     def test_finds_what_was_appended(self, tmp_path):
         path = tmp_path / "records.jsonl"
-        first = RecordFile(path, RUN)
+        first = RecordFile(path, EditRecord, RUN)
         first.append(record(0, trace=TRACE))
         first.append(record(1))
-        assert RecordFile(path, RUN).records == [record(0, trace=TRACE), record(1)]
+        assert RecordFile(path, EditRecord, RUN).records == [record(0, trace=TRACE), record(1)]
 
     def test_a_record_is_on_disk_when_append_returns(self, tmp_path):
         path = tmp_path / "records.jsonl"
-        RecordFile(path, RUN).append(record())
+        RecordFile(path, EditRecord, RUN).append(record())
         assert path.read_text().count("\n") == 2
 
     def test_drops_a_torn_last_line_and_goes_on(self, tmp_path):
         path = tmp_path / "records.jsonl"
-        RecordFile(path, RUN).append(record(0))
+        RecordFile(path, EditRecord, RUN).append(record(0))
         whole = path.read_text()
         path.write_text(whole + whole.splitlines()[1][:40])
-        resumed = RecordFile(path, RUN)
+        resumed = RecordFile(path, EditRecord, RUN)
         assert resumed.records == [record(0)]
         resumed.append(record(1))
-        assert RecordFile(path, RUN).records == [record(0), record(1)]
+        assert RecordFile(path, EditRecord, RUN).records == [record(0), record(1)]
 
     def test_begins_again_after_a_torn_first_line(self, tmp_path):
         path = tmp_path / "records.jsonl"
         path.write_text('{"mod')
-        assert RecordFile(path, RUN).records == []
+        assert RecordFile(path, EditRecord, RUN).records == []
         assert json.loads(path.read_text()) == RUN
 
     def test_refuses_the_records_of_another_run_and_keeps_them(self, tmp_path):
         path = tmp_path / "records.jsonl"
-        RecordFile(path, RUN).append(record())
+        RecordFile(path, EditRecord, RUN).append(record())
         before = path.read_text()
         with pytest.raises(ValueError, match="another seed: choose another folder"):
-            RecordFile(path, RUN | {"seed": 1})
+            RecordFile(path, EditRecord, RUN | {"seed": 1})
         assert path.read_text() == before
 
     @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ class TestRecordFile:
         path = tmp_path / "records.jsonl"
         path.write_bytes(f"{line}\n".encode("latin-1"))
         with pytest.raises(ValueError, match=r"is not a record file of overtone .*: choose another folder, or remove"):
-            RecordFile(path, RUN)
+            RecordFile(path, EditRecord, RUN)
         assert path.read_bytes() == f"{line}\n".encode("latin-1")
 
 

@@ -41,9 +41,7 @@ class TestDrawOverfitting:
 
     def test_draws_a_loss_that_is_new_in_the_registry(self, tmp_path, monkeypatch):
         for number in range(9):
-            monkeypatch.setitem(
-                LOSSES, f"new {number}", NamedLoss(f"new {number}", "a new one", LOSSES["overtone"].build)
-            )
+            monkeypatch.setitem(LOSSES, f"new {number}", NamedLoss(f"new {number}", "a new one"))
         draw_overfitting([record(loss=loss, trace=TRACE) for loss in LOSSES], tmp_path / "figure.png", title="LoRA")
         assert len({tuple(figures._style(loss).items()) for loss in LOSSES}) == len(LOSSES)
 

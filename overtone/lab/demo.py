@@ -98,14 +98,12 @@ class Demo:
 
     def about(self, lab_model: LabModel) -> str:
         """One sentence on the model and how well it knows its world."""
-        knowledge = lab_model.knowledge
         return (
-            f"A {self.settings.arch} of {lab_model.model.num_parameters():,} parameters that knew "
-            f"{knowledge.fact_accuracy:.1%} of the world's facts and {knowledge.two_hop_accuracy:.1%} of its "
-            "two-hop answers (greedy generation, exact match) before the edits."
+            f"A {self.settings.arch} of {lab_model.model.num_parameters():,} parameters that knew {lab_model.knowledge} "
+            "(greedy generation, exact match) before the edits."
         )
 
-    def open_records(self, lab_model: LabModel) -> RecordFile:
+    def open_records(self, lab_model: LabModel) -> RecordFile[EditRecord]:
         """The finished edits of an interrupted run, or none.
 
         Raises:
@@ -121,21 +119,23 @@ class Demo:
             "traced method": self.settings.methods[0],
             "optimisers": _optimisers(METHODS),
         }
-        return RecordFile(self.out / RECORDS, run)
+        return RecordFile(self.out / RECORDS, EditRecord, run)
 
-    def left(self, records: RecordFile) -> list[Task]:
+    def left(self, records: RecordFile[EditRecord]) -> list[Task]:
         """The tasks without a record."""
         done = {record.key for record in records.records}
         return [task for task in self.tasks if task.key not in done]
 
-    def perform(self, lab_model: LabModel, records: RecordFile) -> Iterator[EditRecord]:
+    def perform(self, lab_model: LabModel, records: RecordFile[EditRecord]) -> Iterator[EditRecord]:
         """Make the edits that are not on disk yet, and yield each once it is."""
         workplace = Workplace(lab_model.model, lab_model.tokenizer)
         for record in perform_all(workplace, lab_model.path, self.left(records), workers=self.workers):
             records.append(record)
             yield record
 
-    def finish(self, lab_model: LabModel, records: RecordFile, *, command: Sequence[str]) -> list[SummaryRow]:
+    def finish(
+        self, lab_model: LabModel, records: RecordFile[EditRecord], *, command: Sequence[str]
+    ) -> list[SummaryRow]:
         """Summarise the finished run, and write results.json and the figure."""
         by_key = {record.key: record for record in records.records}
         ordered = [by_key[task.key] for task in self.tasks]
@@ -147,7 +147,7 @@ class Demo:
                 **{name: version(name) for name in ("overtone", "torch", "transformers", "peft")},
             },
             "settings": asdict(self.settings),
-            "knowledge": asdict(lab_model.knowledge),
+            "knowledge": lab_model.knowledge.shares,
             "optimisers": _optimisers(self.settings.methods),
             "summary": [asdict(row) for row in rows],
             "records": [asdict(record) for record in ordered],

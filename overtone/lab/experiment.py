@@ -11,17 +11,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from overtone.lab.batching import encode_targets
-from overtone.lab.editors import METHODS, fit
+from overtone.lab.editors import METHODS
 from overtone.lab.losses import LOSSES
 from overtone.lab.metrics import Examination, examine, score
 from overtone.lab.records import EditRecord
+from overtone.lab.sessions import open_session
 from overtone.lab.traces import Tracer
 from overtone.lab.world import Edit
+
+Result = TypeVar("Result", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Task:
         """The key of the record that the task makes."""
         return self.index, self.method, self.loss
 
+    def perform(self, workplace: Workplace) -> EditRecord:
+        """Make the edit and score it."""
+        return workplace.perform(self)
+
 
 def plan(
     edits: Sequence[Edit], methods: Iterable[str], losses: Iterable[str], *, traced_method: str | None = None
@@ -62,6 +68,10 @@ def plan(
     ]
 
 
+class NotRestoredError(RuntimeError):
+    """A model did not come back bit for bit after an edit: no edit after it could be trusted."""
+
+
 class Workplace:
     """A model that is edited and restored again and again."""
 
@@ -70,8 +80,8 @@ class Workplace:
         self.model = model
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint(model)
-        # The losses of one edit come one after the other.
-        self._examine = lru_cache(maxsize=1)(self._examine_unedited)
+        # The losses of the same edits come one after the other.
+        self.examine = lru_cache(maxsize=1)(self._examine_unedited)
 
     @classmethod
     def load(cls, path: Path) -> Workplace:
@@ -84,28 +94,16 @@ class Workplace:
         """Make one edit on the clean model, score it, and restore the model.
 
         Raises:
-            RuntimeError: the model did not come back bit for bit.
+            NotRestoredError: the model did not come back bit for bit.
         """
-        method, loss = METHODS[task.method], LOSSES[task.loss]
-        examination = self._examine(task.edit)
+        (examination,) = self.examine((task.edit,))
         tracer = Tracer(self.model, self.tokenizer, task.edit) if task.is_traced else None
-        batch = encode_targets(self.tokenizer, [(task.edit.prompt, task.edit.target_new)], self.model.device)
-        with method.open(self.model, task.index) as parameters:
-            fitted = fit(
-                self.model,
-                parameters,
-                batch,
-                loss.build(method.name),
-                steps=method.steps,
-                lr=method.lr,
-                stop_below=loss.stop_below,
-                observe=None if tracer is None else tracer.observe,
-            )
+        with open_session(self, task.method, task.index) as session:
+            fitted = session.apply(task.edit, LOSSES[task.loss], None if tracer is None else tracer.observe)
             if tracer is not None:
                 tracer.record(fitted.steps)
-            scores = score(self.model, self.tokenizer, examination)
-        if fingerprint(self.model) != self.fingerprint:
-            raise RuntimeError(f"{method.title} did not restore the model: no edit after this one could be trusted")
+            scores = score(session.model, self.tokenizer, examination)
+        self.require_restored(METHODS[task.method].title)
         return EditRecord(
             index=task.index,
             method=task.method,
@@ -120,14 +118,32 @@ class Workplace:
             trace=None if tracer is None else tracer.trace,
         )
 
-    def _examine_unedited(self, edit: Edit) -> Examination:
-        return examine(self.model, self.tokenizer, edit)
+    def require_restored(self, whose: str) -> None:
+        """Refuse to go on with another model than at the beginning.
+
+        Raises:
+            NotRestoredError: the model is not what it was, bit for bit.
+        """
+        if fingerprint(self.model) != self.fingerprint:
+            raise NotRestoredError(f"{whose} did not restore the model: no edit after this one could be trusted")
+
+    def _examine_unedited(self, edits: tuple[Edit, ...]) -> list[Examination]:
+        return [examine(self.model, self.tokenizer, edit) for edit in edits]
 
 
-def perform_all(workplace: Workplace, path: Path, tasks: Sequence[Task], *, workers: int = 1) -> Iterator[EditRecord]:
-    """Perform tasks and yield their records as they finish.
+class Performable(Protocol[Result]):
+    """A task of any experiment."""
 
-    Every task computes on one thread, so the records do not depend on the number of workers. Closing the iterator, or
+    def perform(self, workplace: Workplace) -> Result:
+        """Work on the clean model and leave it clean."""
+
+
+def perform_all(
+    workplace: Workplace, path: Path, tasks: Sequence[Performable[Result]], *, workers: int = 1
+) -> Iterator[Result]:
+    """Perform tasks and yield their results as they finish.
+
+    Every task computes on one thread, so the results do not depend on the number of workers. Closing the iterator, or
     an exception such as Ctrl-C, ends the workers after the task that each has at hand.
 
     Args:
@@ -143,8 +159,9 @@ def perform_all(workplace: Workplace, path: Path, tasks: Sequence[Task], *, work
         raise ValueError(f"workers must be at least 1, got {workers}")
     workers = min(workers, len(tasks))
     if workers <= 1:
-        with _one_thread():
-            yield from map(workplace.perform, tasks)
+        with one_thread():
+            for task in tasks:
+                yield task.perform(workplace)
         return
     # Spawned, not forked: a fork of a process whose thread pools have run may wait for their locks for ever.
     context = multiprocessing.get_context("spawn")
@@ -183,12 +200,12 @@ def _start_worker(path: Path, expected_fingerprint: str) -> None:
         raise RuntimeError(f"the model in {path} is not the one that the run began with")
 
 
-def _perform(task: Task) -> EditRecord:
-    return _workplace.perform(task)
+def _perform(task: Performable[Result]) -> Result:
+    return task.perform(_workplace)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from overtone.lab.metrics import Scores
 from overtone.lab.traces import EditTrace
@@ -52,53 +52,82 @@ class EditRecord:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> EditRecord:
         """The record that `dataclasses.asdict` took apart."""
-        trace = values["trace"]
-        scores, trace = Scores(**values["scores"]), None if trace is None else EditTrace(**trace)
-        return cls(**{**values, "scores": scores, "trace": trace})
+        return cls(**read_scores_and_trace(values))
 
 
-class RecordFile:
+class Record(Protocol):
+    """A dataclass that one JSON line holds."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes the record one of its run."""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Any:
+        """The record that `dataclasses.asdict` took apart."""
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+class RecordFile(Generic[AnyRecord]):
     """The finished edits of one run, in a file that a killed run leaves in a state to go on from.
 
     The first line says what every record depends on; a file of another run is refused rather than mixed in.
     """
 
-    def __init__(self, path: Path, run: dict[str, Any]) -> None:
+    def __init__(self, path: Path, kind: type[AnyRecord], run: dict[str, Any], *, may_differ: Collection[str] = ()):
         """Open or begin the file.
 
         Args:
             path: the file.
-            run: JSON values on which every record depends.
+            kind: of record.
+            run: JSON values; the first line from now on.
+            may_differ: the keys of the values on which no record depends.
 
         Raises:
             ValueError: the file belongs to a run with other values, or is no record file; it stays as it is.
         """
         self.path = path
-        # A torn last line is the edit that was being written when the run was killed: it counts as not done.
-        with _refusing_other_files(path):
-            lines = [line for line in _lines(path) if line.endswith("\n")]
-            earlier = dict(json.loads(lines[0])) if lines else None
         run = json.loads(json.dumps(run))
+        earlier, records = read_records(path, kind)
         if earlier is not None:
             different = sorted(key for key in earlier | run if earlier.get(key) != run.get(key))
+            different = [key for key in different if key not in may_differ]
             if different:
                 raise ValueError(
                     f"{path} holds the edits of a run with another {', '.join(different)}: "
                     "choose another folder, or remove this file"
                 )
-        else:
-            lines = [json.dumps(run) + "\n"]
-        with _refusing_other_files(path):
-            self.records = [EditRecord.from_json(json.loads(line)) for line in lines[1:]]
-        write_atomically(path, "".join(lines))
+        self._run = run
+        self.rewrite(records)
 
-    def append(self, record: EditRecord) -> None:
-        """Add a record and have it on disk before returning."""
+    def append(self, *records: AnyRecord) -> None:
+        """Add records and have them on disk before returning."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+            file.write("".join(map(_line, records)))
             file.flush()
             os.fsync(file.fileno())
-        self.records.append(record)
+        self.records += records
+
+    def rewrite(self, records: Iterable[AnyRecord]) -> None:
+        """Put these records in the place of those that the file has."""
+        self.records = list(records)
+        write_atomically(self.path, json.dumps(self._run) + "\n" + "".join(map(_line, self.records)))
+
+
+def read_records(path: Path, kind: type[AnyRecord]) -> tuple[dict[str, Any] | None, list[AnyRecord]]:
+    """The first line of a record file, None where there is no whole one, and its records.
+
+    A torn last line is what was being written when the run was killed: it counts as not done.
+
+    Raises:
+        ValueError: this is no file of such records.
+    """
+    with _refusing_other_files(path):
+        lines = [line for line in _lines(path) if line.endswith("\n")]
+        run = dict(json.loads(lines[0])) if lines else None
+        return run, [kind.from_json(json.loads(line)) for line in lines[1:]]
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -106,6 +135,20 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def read_scores_and_trace(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the dataclasses that `scores` and `trace` were made from."""
+    scores, trace = values["scores"], values["trace"]
+    return {
+        **values,
+        "scores": None if scores is None else Scores(**scores),
+        "trace": None if trace is None else EditTrace(**trace),
+    }
+
+
+def _line(record: Any) -> str:
+    return json.dumps(asdict(record), allow_nan=False) + "\n"
 
 
 @contextmanager
