@@ -12,10 +12,12 @@ import pytest
 
 from overtone import cli
 from overtone.lab import demo
+from overtone.lab.corpora import WorldCorpus
 from overtone.lab.editors import METHODS
 from overtone.lab.experiment import Workplace
+from overtone.lab.knowledge import Knowledge
 from overtone.lab.losses import LOSSES
-from overtone.lab.pretrain import ARCHITECTURES, Knowledge, LabModel, load_or_train
+from overtone.lab.pretrain import ARCHITECTURES, LabModel, load_or_train
 from overtone.lab.world import build_world
 
 
@@ -31,6 +33,10 @@ class MiniWorld:
         return [mini_lab.edit()] * count
 
 
+def knowledge(facts, two_hops):
+    return Knowledge({"facts": facts, "two hops": two_hops}, dict(WorldCorpus.knowledge_needed))
+
+
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     """The demo with a random model that claims to know its world; loading it is counted."""
@@ -38,7 +44,7 @@ def lab(tmp_path, monkeypatch):
     model, tokenizer = mini_lab.random_model(), mini_lab.tokenizer()
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    lab = LabModel(model=model, tokenizer=tokenizer, knowledge=Knowledge(1.0, 0.97), path=path, seconds=0.0)
+    lab = LabModel(model=model, tokenizer=tokenizer, knowledge=knowledge(1.0, 0.97), path=path, seconds=0.0)
     loads = []
 
     def load(*arguments, **settings):
@@ -76,7 +82,7 @@ class TestDemo:
         assert written["command"][:2] == ["overtone", "demo"]
         assert written["versions"].keys() >= {"python", "torch", "transformers", "peft", "overtone"}
         assert written["optimisers"] == {"ft-m": {"optimizer": "Adam", "steps": 25, "lr": demo.METHODS["ft-m"].lr}}
-        assert written["knowledge"] == {"fact_accuracy": 1.0, "two_hop_accuracy": 0.97}
+        assert written["knowledge"] == {"facts": 1.0, "two hops": 0.97}
         assert [(record["index"], record["loss"]) for record in written["records"]] == [
             (0, "cross_entropy"),
             (0, "overtone_held"),
@@ -120,7 +126,7 @@ class TestDemo:
         assert len(after) == 4
 
     def test_refuses_a_model_that_does_not_know_its_world(self, lab, tmp_path, capsys):
-        lab.knowledge = Knowledge(0.98, 0.97)
+        lab.knowledge = knowledge(0.98, 0.97)
         assert run(tmp_path / "out") == 1
         assert "98" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()

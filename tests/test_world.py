@@ -107,7 +107,7 @@ class TestEdits:
             world.edits(count)
 
     def test_names_an_unknown_target(self, world):
-        with pytest.raises(ValueError, match=r"target must be one of short, long, got 'huge'"):
+        with pytest.raises(ValueError, match=r"target must be one of short, long, soft, got 'huge'"):
             world.edits(1, target="huge")
 
     @pytest.mark.parametrize("target", EDITABLE)

@@ -1,4 +1,4 @@
-"""Trains a small language model until it knows its world, and keeps it in the user's cache folder.
+"""Trains a small language model until it knows its corpus, and keeps it in the user's cache folder.
 
 A model is cached under a key of its texts, architecture, recipe and seed. An interrupted training goes on from its last
 checkpoint and ends at the weights of an uninterrupted one; a cache entry appears whole or not at all.
@@ -6,15 +6,12 @@ checkpoint and ends at the weights of an uninterrupted one; a cache entry appear
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import os
 import pickle
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,24 +21,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 
-from overtone.lab.world import Probe, World
+from overtone.lab.corpora import Corpus, WorldCorpus
+from overtone.lab.recipes import Recipe
+from overtone.lab.world import World
 
 try:
     import transformers
-    from platformdirs import user_cache_dir
+    from filelock import FileLock
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from overtone.lab.cache import cache_folder, digest, read_entry, write_entry
+    from overtone.lab.knowledge import Knowledge, measure_knowledge
     from overtone.lab.tokenizer import train_tokenizer
 except ImportError as error:
     raise ImportError(f'the lab needs {error.name}: pip install "overtone[lab]"') from error
 
 logger = logging.getLogger(__name__)
-
-CACHE_VARIABLE = "OVERTONE_CACHE"
-"""The environment variable that names the cache folder."""
 
 _WIDTH, _LAYERS, _HEADS, _POSITIONS, _SPREAD = 128, 3, 4, 256, 0.04
 _LLAMA_LIKE = {
@@ -73,56 +70,9 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
 """The configuration of each transformers model type that the lab trains; none has dropout."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained: texts packed end to end into blocks, AdamW, learning rate warmed up and decayed to 0."""
-
-    vocabulary: int = 600
-    steps: int = 1400
-    blocks: int = 16
-    block_length: int = 64
-    learning_rate: float = 4e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.5
-    checkpoint_every: int = 100
-
-
-RECIPES: Mapping[str, Recipe] = {
-    "llama": Recipe(),
-    "qwen2": Recipe(),
-    "mistral": Recipe(),
-    "gpt2": Recipe(steps=1900),
-}
-"""What each architecture needs; with learned positions, names are copied later than with rotary ones."""
-
-
-@dataclass(frozen=True)
-class Knowledge:
-    """The shares of a world's facts and two-hop questions that greedy generation answers word for word, in [0, 1]."""
-
-    fact_accuracy: float
-    two_hop_accuracy: float
-
-    FACTS_NEEDED = 0.99
-    TWO_HOPS_NEEDED = 0.95
-
-    def require(self) -> None:
-        """Refuse a model that does not know its world.
-
-        Raises:
-            RuntimeError: too few facts or two-hop questions are answered for a loss of knowledge to mean anything.
-        """
-        if self.fact_accuracy < self.FACTS_NEEDED or self.two_hop_accuracy < self.TWO_HOPS_NEEDED:
-            raise RuntimeError(
-                f"the model does not know its world well enough to be edited: it answers {self.fact_accuracy:.1%} of "
-                f"the facts (needs {self.FACTS_NEEDED:.0%}) and {self.two_hop_accuracy:.1%} of the two-hop questions "
-                f"(needs {self.TWO_HOPS_NEEDED:.0%}); train it for more steps, or with another seed"
-            )
-
-
 @dataclass
 class LabModel:
-    """A model that was trained on a world: in evaluation mode, float32, on the CPU.
+    """A model that was trained on a corpus: in evaluation mode, float32, on the CPU.
 
     ``path`` is the folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; ``seconds`` is how long this call
     trained, 0.0 where the model came from the cache.
@@ -136,7 +86,7 @@ class LabModel:
 
 
 def load_or_train(
-    world: World,
+    corpus: Corpus | World,
     *,
     arch: str = "llama",
     seed: int = 0,
@@ -144,14 +94,14 @@ def load_or_train(
     recipe: Recipe | None = None,
     show_progress: bool = True,
 ) -> LabModel:
-    """The model of a world, from the cache or trained now.
+    """The model of a corpus, from the cache or trained now.
 
     Args:
-        world: what the model is to know.
+        corpus: what the model is to know; corpora that tell the same texts share a model.
         arch: one of ``ARCHITECTURES``.
         seed: of the initial weights and the order of the texts.
         cache_dir: where models are kept; by default ``$OVERTONE_CACHE``, else the user's cache folder.
-        recipe: how to train; by default the one of ``RECIPES``.
+        recipe: how to train; by default the corpus' own for the architecture.
         show_progress: whether to draw a progress bar.
 
     Raises:
@@ -160,28 +110,34 @@ def load_or_train(
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
-    recipe = recipe or RECIPES[arch]
-    texts = world.training_texts()
-    cache = Path(cache_dir or os.environ.get(CACHE_VARIABLE) or user_cache_dir("overtone"))
-    cache.mkdir(parents=True, exist_ok=True)
-    key = _digest(json.dumps([texts, arch, dict(ARCHITECTURES[arch]), asdict(recipe), seed]).encode())
-    entry = cache / f"{arch}-seed{seed}-{key[:16]}"
+    if isinstance(corpus, World):
+        corpus = WorldCorpus(corpus)
+    recipe = recipe or corpus.recipe(arch)
+    texts = corpus.training_texts()
+    key = digest(json.dumps([texts, arch, dict(ARCHITECTURES[arch]), asdict(recipe), seed]).encode())
+    entry = cache_folder(cache_dir) / f"{arch}-seed{seed}-{key[:16]}"
 
     seconds = 0.0
     # Of several processes that want the same model, one trains it and the others wait.
     with FileLock(entry.with_suffix(".lock")), _without_progress_bars():
-        knowledge = _read_entry(entry)
-        if knowledge is None:
+        shares = read_entry(entry)
+        if shares is None:
             start = time.perf_counter()
             tokenizer = train_tokenizer(texts, recipe.vocabulary)
             checkpoint = entry.with_suffix(".checkpoint")
             model = _train(texts, tokenizer, arch, seed, recipe, checkpoint, show_progress)
             seconds = time.perf_counter() - start
-            knowledge = measure_knowledge(model, tokenizer, world)
-            _write_entry(entry, model, tokenizer, knowledge)
+            knowledge = measure_knowledge(model, tokenizer, corpus)
+            write_entry(entry, model, tokenizer, knowledge.shares)
             checkpoint.unlink(missing_ok=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(entry).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(entry)
+        if shares is not None:
+            knowledge = Knowledge(shares, dict(corpus.knowledge_needed))
+            if shares.keys() != corpus.knowledge_probes().keys():
+                # Other questions than when it was trained.
+                knowledge = measure_knowledge(model, tokenizer, corpus)
+                write_entry(entry, model, tokenizer, knowledge.shares)
     return LabModel(model, tokenizer, knowledge, entry, seconds)
 
 
@@ -195,40 +151,6 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             transformers.utils.logging.enable_progress_bar()
-
-
-def measure_knowledge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World) -> Knowledge:
-    """How much of its world a model tells word for word, up to the full stop, under greedy generation."""
-    return Knowledge(
-        fact_accuracy=_share_recalled(model, tokenizer, world.fact_probes()),
-        two_hop_accuracy=_share_recalled(model, tokenizer, world.two_hop_probes()),
-    )
-
-
-@torch.no_grad()
-def _share_recalled(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, probes: Sequence[Probe], batch: int = 128
-) -> float:
-    """Greedy generation tells the target if and only if each of its tokens is the most likely one after those before.
-
-    So one forward pass over prompt and target decides, and nothing has to be generated.
-    """
-    rows = []
-    for probe in probes:
-        prompt = tokenizer(probe.prompt).input_ids
-        rows.append((len(prompt), tokenizer(probe.prompt + probe.target.rstrip(".") + ".").input_ids))
-    rows.sort(key=lambda row: len(row[1]))
-    recalled = 0
-    for start in range(0, len(rows), batch):
-        chunk = rows[start : start + batch]
-        width = len(chunk[-1][1])
-        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for _, row in chunk])
-        logits = model(ids, attention_mask=(ids != tokenizer.pad_token_id).long()).logits
-        hits = logits[:, :-1].argmax(-1) == ids[:, 1:]
-        recalled += sum(
-            bool(hit[begin - 1 : len(row) - 1].all()) for hit, (begin, row) in zip(hits, chunk, strict=True)
-        )
-    return recalled / len(rows)
 
 
 # ---- training
@@ -249,7 +171,7 @@ def _train(
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **ARCHITECTURES[arch],
+        **_with_room_for(recipe.block_length, ARCHITECTURES[arch]),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -280,6 +202,12 @@ def _train(
             if step % recipe.checkpoint_every == 0:
                 _save_checkpoint(checkpoint, step, state)
     return model.eval()
+
+
+def _with_room_for(block_length: int, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """An architecture's sizes, with positions for a block and, behind it, as much again of generated text."""
+    limit = "n_positions" if "n_positions" in sizes else "max_position_embeddings"
+    return {**sizes, limit: max(sizes[limit], 2 * block_length)}
 
 
 def _learning_rate_share(step: int, recipe: Recipe) -> float:
@@ -323,37 +251,3 @@ def _resume(path: Path, state: Mapping[str, Any]) -> int:
         part.load_state_dict(saved[name])
     logger.info("training goes on from step %d", saved["step"])
     return int(saved["step"])
-
-
-# ---- the cache
-
-_WEIGHTS, _RECORD = "model.safetensors", "knowledge.json"
-
-
-def _read_entry(entry: Path) -> Knowledge | None:
-    """What the model of a cache entry knows, or None where there is no entry or its weights are not those written."""
-    if not entry.exists():
-        return None
-    try:
-        record = json.loads((entry / _RECORD).read_text(encoding="utf-8"))
-        if record.pop("sha256") != _digest((entry / _WEIGHTS).read_bytes()):
-            raise ValueError(f"{_WEIGHTS} has changed")
-        return Knowledge(**record)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is broken and will be trained anew: %s", entry, error)
-        return None
-
-
-def _write_entry(entry: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, knowledge: Knowledge) -> None:
-    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=f".{entry.name}-") as folder:
-        written = Path(folder) / entry.name
-        model.save_pretrained(written)
-        tokenizer.save_pretrained(written)
-        record = asdict(knowledge) | {"sha256": _digest((written / _WEIGHTS).read_bytes())}
-        (written / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(entry, ignore_errors=True)
-        os.replace(written, entry)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -88,6 +88,7 @@ INVERSE: Mapping[str, str] = {"head": "leads", "spouse": "spouse"}
 EDITABLE: Mapping[str, tuple[str, ...]] = {
     "short": ("head", "office", "spouse", "birthplace", "craft"),
     "long": ("head", "office"),
+    "soft": ("office", "birthplace", "craft"),
 }
 """The relations that edits of each target change."""
 

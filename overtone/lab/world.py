@@ -55,11 +55,25 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A question in one or more wordings, answered if any wording is answered with any of the answers."""
+
+    hops: str
+    """``"single-hop"`` or ``"multi-hop"``, which decides how it is asked."""
+    wordings: tuple[str, ...]
+    answers: tuple[str, ...]
+    """The answer after the edit, and its aliases."""
+    old_answers: tuple[str, ...]
+    """The answer before the edit, and its aliases; none where the edit does not change the answer."""
+
+
+@dataclass(frozen=True)
 class Edit:
     """A counterfactual edit and the probes that judge it.
 
     ``portability`` targets are right in the edited world, ``locality`` targets in the unedited one; no probe depends on
-    any other edit of the same list, so that the list can also be made in a row.
+    any other edit of the same list, so that the list can also be made in a row. ``also`` holds further (prompt, target)
+    pairs that are part of the edit, and ``questions`` what is asked of the edited model in its own words.
     """
 
     subject: str
@@ -69,6 +83,8 @@ class Edit:
     generality: tuple[Probe, ...]
     portability: tuple[Probe, ...]
     locality: tuple[Probe, ...]
+    also: tuple[tuple[str, str], ...] = ()
+    questions: tuple[Question, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,8 +140,8 @@ class World:
         Args:
             count: how many.
             seed: chooses the facts, their new objects and the probes.
-            target: ``"short"``, the new object alone, or ``"long"``, three sentences of which only the new object's
-                name is news.
+            target: ``"short"``, the new object alone; ``"long"``, three sentences of which only the new object's name
+                is news; ``"soft"``, the new object alone, and only facts with several true answers to judge locality.
 
         Raises:
             ValueError: ``target`` is unknown, or the world does not have ``count`` such edits.
@@ -191,7 +207,9 @@ class World:
             target_old=old,
             generality=tuple(said[1:]),
             portability=tuple(self._portability(fact, new, kept)),
-            locality=tuple(self._locality(fact, kept, rng)),
+            locality=tuple(
+                self._soft_locality(fact, new, rng) if target == "soft" else self._locality(fact, kept, rng)
+            ),
         )
 
     def _portability(self, fact: Fact, new: str, kept: Collection[Fact]) -> Iterator[Probe]:
@@ -223,8 +241,16 @@ class World:
             ]
         )
         yield replace(self._two_hop_probe(first, second), kind="unrelated")
-        for (phrasing, told), answers in rng.sample(list(self.soft_facts.items()), 2):
-            yield Probe(phrasing.format(told), f" {answers[0]}", "soft", answers[0])
+        for soft_fact in rng.sample(list(self.soft_facts), 2):
+            yield self._soft_probe(soft_fact, kind="soft")
+
+    def _soft_locality(self, fact: Fact, new: str, rng: random.Random) -> Iterator[Probe]:
+        """Of what is said of the old and the new object, and of others."""
+        objects = self.facts[fact], new
+        for kind, is_about_objects in (("soft_object", True), ("soft", False)):
+            soft_facts = [told for told in self.soft_facts if (told[1] in objects) == is_about_objects]
+            for soft_fact in rng.sample(soft_facts, min(6, len(soft_facts))):
+                yield self._soft_probe(soft_fact, kind=kind)
 
     # ---- texts
 
@@ -232,6 +258,11 @@ class World:
         relation, subject = fact
         answer = new or self.facts[fact]
         return Probe(RELATIONS[relation].phrasings[phrasing].format(subject), f" {answer}", kind, answer)
+
+    def _soft_probe(self, soft_fact: Fact, *, kind: str) -> Probe:
+        phrasing, subject = soft_fact
+        answer = self.soft_facts[soft_fact][0]
+        return Probe(phrasing.format(subject), f" {answer}", kind, answer)
 
     def _alias_probe(self, fact: Fact, *, new: str | None = None) -> Probe:
         relation, subject = fact
