@@ -1,4 +1,4 @@
-"""The `overtone` command: demo and doctor.
+"""The `overtone` command: demo, bench and doctor.
 
 Only argparse is imported here; what a command needs is imported when it runs, so that `overtone --help` works, and is
 quick, where torch alone is installed.
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
+    _add_bench(commands)
     _add_doctor(commands, is_wanted=argv[:1] == ["doctor"])
     arguments = parser.parse_args(argv)
     try:
@@ -74,6 +75,48 @@ def _add_demo(commands: Subcommands) -> None:
     parser.set_defaults(run=_demo)
 
 
+def _add_bench(commands: Subcommands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="compare losses over methods, data and sequences of edits, and write a report",
+        description="Edit the facts of a model with each method and each loss, singly and in sequences, score every "
+        "edit, and write results.jsonl and a report with intervals. Every finished edit is on disk at once: the same "
+        "command goes on where it was interrupted, and more losses, methods, data or seeds can be added in the same "
+        "folder. Under torchrun or accelerate launch the ranks share the work.",
+        epilog="A loss is name or name:field=value+field=value, for example early_stopping:stop_below=0.3, "
+        "overtone_held, overtone:hold_settled=0.1+lam=0.5, overtone:n_sigma=none, overtone:check=false, "
+        "overtone:epsilon=0, overtone:lam=1, overtone:dynamic=false (the target of the model before the edit).",
+    )
+    parser.add_argument(
+        "--preset",
+        default="quick",
+        help="quick: two methods, three losses, one seed, some minutes; paper-small: every loss on three worlds with "
+        "three seeds and T = 1, 10, 100, about an hour on two cores. The options below change it (default: quick)",
+    )
+    parser.add_argument("--data", type=_names, help="by commas: short, long, soft, zsre, wikibio, mquake")
+    for name, title in (("zsre", "KnowEdit's ZsRE"), ("wikibio", "KnowEdit's WikiBio"), ("mquake", "MQuAKE")):
+        parser.add_argument(f"--{name}", metavar="PATH", help=f"{title}, the published file; adds {name} to the data")
+    parser.add_argument("--size", type=int, help="records of a published file that the small model is to know")
+    parser.add_argument(
+        "--model", help="causal LM to edit, from the hub or a folder (default: a small one trained on each corpus)"
+    )
+    parser.add_argument(
+        "--methods",
+        type=_names,
+        help="by commas: lora, ft-m; with EasyEdit also easyedit-ft, easyedit-lora, easyedit-melo, easyedit-wise, "
+        "rome, memit",
+    )
+    parser.add_argument("--losses", nargs="+", help="by spaces; see below")
+    parser.add_argument("--lengths", type=_numbers, help="by commas: edits in a sequence, 1 for single edits")
+    parser.add_argument(
+        "--edits", type=int, help="of each corpus and seed, cut into sequences; a longer sequence takes what it needs"
+    )
+    parser.add_argument("--seeds", type=_numbers, help="by commas: of the worlds, models and edits")
+    parser.add_argument("--out", type=Path, default=Path("bench-out"), help="folder (default: bench-out)")
+    parser.add_argument("--workers", type=int, help="processes (default: 2 on the CPU, 1 on a GPU or under torchrun)")
+    parser.set_defaults(run=_bench)
+
+
 def _add_doctor(commands: Subcommands, *, is_wanted: bool) -> None:
     parser = commands.add_parser("doctor", help="check the EasyEdit installation that overtone plugs into")
     if is_wanted:
@@ -88,6 +131,10 @@ def _add_doctor(commands: Subcommands, *, is_wanted: bool) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, _names(text)))
 
 
 def _demo(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -131,6 +178,57 @@ def _demo(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     console.print(demo.about(lab_model))
     console.print(table(rows, title=f"{len(demo.edits)} single edits, {settings.target} targets, {settings.arch}"))
     console.print(f"Written: {', '.join(str(path) for path in demo.outputs)}")
+    return 0
+
+
+def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    problem = _missing("lab")
+    if problem:
+        return _fail(problem)
+    from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
+
+    from overtone.lab.bench import Bench, default_workers
+    from overtone.lab.bench_overview import overview
+    from overtone.lab.bench_progress import show_progress
+    from overtone.lab.bench_report import write_report
+    from overtone.lab.bench_results import load_results
+    from overtone.lab.experiment import NotRestoredError
+    from overtone.lab.presets import preset
+
+    disable_progress_bar()
+    files = {name: getattr(arguments, name) for name in ("zsre", "wikibio", "mquake")}
+    options = ("data", "size", "model", "methods", "losses", "lengths", "edits", "seeds")
+    try:
+        settings = preset(
+            arguments.preset,
+            paths={name: path for name, path in files.items() if path is not None},
+            **{name: getattr(arguments, name) for name in options if getattr(arguments, name) is not None},
+        )
+        bench = Bench(settings, arguments.out, workers=arguments.workers or default_workers(settings))
+        results = bench.open_results(bench.open_models(), command=["overtone", *argv])
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    except RuntimeError as error:
+        return _fail(str(error), exit_code=1)
+    try:
+        show_progress(bench, results)
+        if bench.shard.rank != 0:
+            return 0
+        outcomes = bench.finish(results)
+        written = write_report(results.results, arguments.out)
+    except OSError as error:
+        return _fail(f"{error}; {_RESUMABLE}", exit_code=1)
+    except NotRestoredError as error:
+        return _fail(str(error), exit_code=1)
+    console = Console()
+    console.print(overview(load_results(results.results)))
+    failed = sum(outcome.error is not None for outcome in outcomes)
+    if failed:
+        console.print(f"{failed} of {len(outcomes)} edits failed: their errors stand in {results.results}")
+    for reason in bench.left_out:
+        console.print(f"Left out: {reason}")
+    console.print(f"Written: {results.results}, {written[0]} and what it names")
     return 0
 
 

@@ -11,7 +11,7 @@ import mini_lab
 import pytest
 
 from overtone import cli
-from overtone.lab import demo
+from overtone.lab import demo, folders
 from overtone.lab.corpora import WorldCorpus
 from overtone.lab.editors import METHODS
 from overtone.lab.experiment import Workplace
@@ -173,7 +173,7 @@ class TestMistakes:
         def refuse(dir):
             raise PermissionError(13, "Permission denied", str(dir))
 
-        monkeypatch.setattr(demo.tempfile, "TemporaryFile", refuse)
+        monkeypatch.setattr(folders.tempfile, "TemporaryFile", refuse)
         assert run(tmp_path / "out") == 2
         error = capsys.readouterr().err
         assert f"out must be a folder that can be written to, got {str(tmp_path / 'out')!r}" in error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from typing import Any
 from overtone.lab.editors import METHODS, named_methods
 from overtone.lab.experiment import Task, Workplace, fingerprint, perform_all, plan
 from overtone.lab.figures import draw_overfitting
+from overtone.lab.folders import require_writable
 from overtone.lab.losses import LOSSES, named_losses
 from overtone.lab.pretrain import ARCHITECTURES, LabModel, load_or_train
 from overtone.lab.records import EditRecord, RecordFile, write_atomically
@@ -75,7 +75,7 @@ class Demo:
         self.world: World = build_world(settings.seed)
         self.edits: list[Edit] = self.world.edits(settings.edits, seed=settings.seed, target=settings.target)
         self.tasks: list[Task] = plan(self.edits, settings.methods, settings.losses, traced_method=settings.methods[0])
-        _require_writable(out)
+        require_writable(out)
         self.out = out
 
     @property
@@ -99,8 +99,8 @@ class Demo:
     def about(self, lab_model: LabModel) -> str:
         """One sentence on the model and how well it knows its world."""
         return (
-            f"A {self.settings.arch} of {lab_model.model.num_parameters():,} parameters that knew {lab_model.knowledge} "
-            "(greedy generation, exact match) before the edits."
+            f"A {self.settings.arch} of {lab_model.model.num_parameters():,} parameters that knew "
+            f"{lab_model.knowledge} (greedy generation, exact match) before the edits."
         )
 
     def open_records(self, lab_model: LabModel) -> RecordFile[EditRecord]:
@@ -160,16 +160,6 @@ class Demo:
             title=f"{method.title}, mean of {len(self.edits)} single edits",
         )
         return rows
-
-
-def _require_writable(folder: Path) -> None:
-    """Raise an OSError unless the folder is writable or can be made; nothing is made yet."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise OSError(f"out must be a folder that can be written to, got {str(folder)!r} ({error.strerror})") from error
 
 
 def _optimisers(methods: Sequence[str] | dict[str, Any]) -> dict[str, dict[str, Any]]:

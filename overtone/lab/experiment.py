@@ -84,11 +84,27 @@ class Workplace:
         self.examine = lru_cache(maxsize=1)(self._examine_unedited)
 
     @classmethod
-    def load(cls, path: Path) -> Workplace:
-        """Load a model and its tokenizer from a folder that `save_pretrained` wrote, in float32."""
+    def load(cls, name: str | Path, device: str = "cpu") -> Workplace:
+        """Load a model and its tokenizer.
+
+        Args:
+            name: a causal language model of the Hugging Face hub, or a folder that `save_pretrained` wrote.
+            device: where to; on the CPU in float32, elsewhere in the precision in which the model is stored.
+
+        Raises:
+            ValueError: the tokenizer has neither a pad token nor an end-of-sequence token to pad with.
+            OSError: there is no such model.
+        """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        return cls(AutoModelForCausalLM.from_pretrained(path).float().eval(), AutoTokenizer.from_pretrained(path))
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise ValueError(f"the tokenizer of {str(name)!r} has neither a pad token nor an end-of-sequence token")
+            tokenizer.pad_token = tokenizer.eos_token
+        model = AutoModelForCausalLM.from_pretrained(name, torch_dtype="auto")
+        model = model.float() if device == "cpu" else model.to(device)
+        return cls(model.eval(), tokenizer)
 
     def perform(self, task: Task) -> EditRecord:
         """Make one edit on the clean model, score it, and restore the model.
@@ -139,7 +155,7 @@ class Performable(Protocol[Result]):
 
 
 def perform_all(
-    workplace: Workplace, path: Path, tasks: Sequence[Performable[Result]], *, workers: int = 1
+    workplace: Workplace, source: str | Path, tasks: Sequence[Performable[Result]], *, workers: int = 1
 ) -> Iterator[Result]:
     """Perform tasks and yield their results as they finish.
 
@@ -148,7 +164,7 @@ def perform_all(
 
     Args:
         workplace: with the model; a single worker edits there.
-        path: folder of the same model and tokenizer, from which further workers load theirs.
+        source: folder or name of the same model and tokenizer, from which further workers load theirs.
         tasks: what to do; with more than one worker they finish in any order.
         workers: processes; 1 works in this one.
 
@@ -166,7 +182,7 @@ def perform_all(
     # Spawned, not forked: a fork of a process whose thread pools have run may wait for their locks for ever.
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(path, workplace.fingerprint)
+        workers, mp_context=context, initializer=_start_worker, initargs=(source, workplace.fingerprint)
     )
     try:
         for future in as_completed([executor.submit(_perform, task) for task in tasks]):
@@ -187,7 +203,7 @@ def fingerprint(model: Any) -> str:
 _workplace: Workplace
 
 
-def _start_worker(path: Path, expected_fingerprint: str) -> None:
+def _start_worker(source: str | Path, expected_fingerprint: str) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     # Ctrl-C reaches every process of the terminal; the parent alone decides what it means.
@@ -195,9 +211,9 @@ def _start_worker(path: Path, expected_fingerprint: str) -> None:
     torch.set_num_threads(1)
     global _workplace
     disable_progress_bar()
-    _workplace = Workplace.load(path)
+    _workplace = Workplace.load(source)
     if _workplace.fingerprint != expected_fingerprint:
-        raise RuntimeError(f"the model in {path} is not the one that the run began with")
+        raise RuntimeError(f"the model in {source} is not the one that the run began with")
 
 
 def _perform(task: Performable[Result]) -> Result:
@@ -206,6 +222,7 @@ def _perform(task: Performable[Result]) -> Result:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
+    """Compute on one thread, whose sums do not depend on how many cores there are."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -134,7 +134,7 @@ def _open_weights(workplace: Workplace, method: EditingMethod, seed: int) -> Ite
 
 
 def _easyedit() -> Any:
-    """Imported when it is needed: it edits in the workplaces of `overtone.lab.experiment`, which imports this module."""
+    """Imported when needed: it edits in the workplaces of `overtone.lab.experiment`, which imports this module."""
     from overtone.lab import easyedit_session
 
     return easyedit_session

@@ -1,0 +1,58 @@
+"""The state of a sequence of edits under way, on disk after every edit and gone once the sequence is scored."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from overtone.lab.editors import FitTrace
+from overtone.lab.sessions import Session
+
+logger = logging.getLogger(__name__)
+
+
+class SequenceCheckpoint:
+    """The edits of one sequence that were made so far."""
+
+    def __init__(self, path: Path | None, of: str) -> None:
+        """Name the file.
+
+        Args:
+            path: the file; None keeps no checkpoint.
+            of: what the state depends on; a file of something else is passed over.
+        """
+        self.path = path
+        self._of = of
+
+    def resume(self, session: Session) -> list[FitTrace]:
+        """Put a session where the file says, and return how the edits made so far went; none without a file."""
+        if self.path is None:
+            return []
+        try:
+            saved = torch.load(self.path, weights_only=True, map_location=session.model.device)
+        except FileNotFoundError:
+            return []
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            logger.warning("%s is broken and its sequence starts anew: %s", self.path, error)
+            return []
+        if saved["of"] != self._of:
+            return []
+        session.restore(saved["state"])
+        return [FitTrace(**{**fitted, "losses": tuple(fitted["losses"])}) for fitted in saved["fitted"]]
+
+    def save(self, session: Session, fitted: Sequence[FitTrace]) -> None:
+        """Keep the session's state, in place of the one before."""
+        state = None if self.path is None else session.state()
+        if self.path is None or state is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Written beside its place and moved there, so that a kill in the middle leaves the state before.
+        unfinished = self.path.with_suffix(".unfinished")
+        torch.save({"of": self._of, "state": state, "fitted": [asdict(fit) for fit in fitted]}, unfinished)
+        os.replace(unfinished, self.path)
