@@ -1,4 +1,4 @@
-"""The `overtone` command: demo, bench and doctor.
+"""The `overtone` command: demo, bench, report and doctor.
 
 Only argparse is imported here; what a command needs is imported when it runs, so that `overtone --help` works, and is
 quick, where torch alone is installed.
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
     _add_bench(commands)
+    _add_report(commands)
     _add_doctor(commands, is_wanted=argv[:1] == ["doctor"])
     arguments = parser.parse_args(argv)
     try:
@@ -117,6 +118,17 @@ def _add_bench(commands: Subcommands) -> None:
     parser.set_defaults(run=_bench)
 
 
+def _add_report(commands: Subcommands) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="render the results of a bench",
+        description="Write report.md, CSV files and figures from a results file alone, finished or not.",
+    )
+    parser.add_argument("results", type=Path, help="results.jsonl of overtone bench")
+    parser.add_argument("--out", type=Path, help="folder (default: that of the results)")
+    parser.set_defaults(run=_report)
+
+
 def _add_doctor(commands: Subcommands, *, is_wanted: bool) -> None:
     parser = commands.add_parser("doctor", help="check the EasyEdit installation that overtone plugs into")
     if is_wanted:
@@ -134,7 +146,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, _names(text)))
+    try:
+        return tuple(map(int, _names(text)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"whole numbers by commas are expected, got {text!r}") from None
 
 
 def _demo(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -193,7 +208,6 @@ def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     from overtone.lab.bench_progress import show_progress
     from overtone.lab.bench_report import write_report
     from overtone.lab.bench_results import load_results
-    from overtone.lab.experiment import NotRestoredError
     from overtone.lab.presets import preset
 
     disable_progress_bar()
@@ -205,7 +219,8 @@ def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
             paths={name: path for name, path in files.items() if path is not None},
             **{name: getattr(arguments, name) for name in options if getattr(arguments, name) is not None},
         )
-        bench = Bench(settings, arguments.out, workers=arguments.workers or default_workers(settings))
+        workers = default_workers(settings) if arguments.workers is None else arguments.workers
+        bench = Bench(settings, arguments.out, workers=workers)
         results = bench.open_results(bench.open_models(), command=["overtone", *argv])
     except (ValueError, OSError) as error:
         return _fail(str(error))
@@ -217,10 +232,8 @@ def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
             return 0
         outcomes = bench.finish(results)
         written = write_report(results.results, arguments.out)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         return _fail(f"{error}; {_RESUMABLE}", exit_code=1)
-    except NotRestoredError as error:
-        return _fail(str(error), exit_code=1)
     console = Console()
     console.print(overview(load_results(results.results)))
     failed = sum(outcome.error is not None for outcome in outcomes)
@@ -229,6 +242,28 @@ def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     for reason in bench.left_out:
         console.print(f"Left out: {reason}")
     console.print(f"Written: {results.results}, {written[0]} and what it names")
+    return 0
+
+
+def _report(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    problem = _missing("lab")
+    if problem:
+        return _fail(problem)
+    from rich.console import Console
+
+    from overtone.lab.bench_overview import overview
+    from overtone.lab.bench_report import write_report
+    from overtone.lab.bench_results import load_results
+
+    path: Path = arguments.results
+    try:
+        results = load_results(path)
+        written = write_report(path, arguments.out or path.parent)
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    console = Console()
+    console.print(overview(results))
+    console.print(f"Written: {written[0]} and what it names")
     return 0
 
 

@@ -7,8 +7,8 @@ from matplotlib.image import imread
 from test_experiment import TRACE, record
 
 from overtone.lab import figures
-from overtone.lab.figures import draw_overfitting
-from overtone.lab.losses import LOSSES, NamedLoss
+from overtone.lab.figures import draw_overfitting, loss_styles
+from overtone.lab.losses import ABLATIONS, LOSSES
 from overtone.lab.traces import EditTrace
 
 
@@ -22,11 +22,12 @@ class TestDrawOverfitting:
             assert image.shape[1] == 1050
             assert image.std() > 0.05
 
-    def test_same_records_same_bytes(self, tmp_path):
+    @pytest.mark.parametrize("suffix", ["png", "svg"])
+    def test_same_records_same_bytes(self, tmp_path, suffix):
         records = [record(loss=loss, trace=TRACE) for loss in LOSSES]
-        for name in ("a.png", "b.png"):
-            draw_overfitting(records, tmp_path / name, title="LoRA")
-        assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+        for name in ("a", "b"):
+            draw_overfitting(records, tmp_path / f"{name}.{suffix}", title="LoRA")
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
 
     def test_passes_over_records_without_a_trace(self, tmp_path):
         draw_overfitting([record(), record(trace=TRACE)], tmp_path / "figure.png", title="LoRA")
@@ -36,14 +37,26 @@ class TestDrawOverfitting:
             draw_overfitting([record()], tmp_path / "figure.png", title="LoRA")
         assert list(tmp_path.iterdir()) == []
 
-    def test_every_loss_has_a_colour_of_its_own(self):
-        assert len({figures._style(loss)["color"] for loss in LOSSES}) == len(LOSSES)
 
-    def test_draws_a_loss_that_is_new_in_the_registry(self, tmp_path, monkeypatch):
-        for number in range(9):
-            monkeypatch.setitem(LOSSES, f"new {number}", NamedLoss(f"new {number}", "a new one"))
-        draw_overfitting([record(loss=loss, trace=TRACE) for loss in LOSSES], tmp_path / "figure.png", title="LoRA")
-        assert len({tuple(figures._style(loss).items()) for loss in LOSSES}) == len(LOSSES)
+class TestLossStyles:
+    @staticmethod
+    def _looks(styles):
+        return {(style["color"], style["linestyle"]) for style in styles.values()}
+
+    def test_a_known_loss_looks_the_same_whatever_else_is_drawn(self):
+        alone = loss_styles(["overtone_held"])["overtone_held"]
+        assert loss_styles(["overtone:lam=0.7", "cross_entropy", "overtone_held"])["overtone_held"] == alone
+
+    def test_no_two_of_many_look_alike(self):
+        losses = [*LOSSES, *ABLATIONS, *(f"overtone:lam=0.{digit}" for digit in range(2, 10))]
+        assert len(self._looks(loss_styles(losses))) == len(losses)
+
+    def test_all_main_losses_and_three_more_have_colours_of_their_own(self):
+        losses = [*LOSSES, *(f"overtone:lam=0.{digit}" for digit in (2, 3, 4))]
+        assert len({style["color"] for style in loss_styles(losses).values()}) == len(losses)
+
+    def test_a_loss_of_another_version_is_called_by_its_spec(self):
+        assert loss_styles(["tomorrow:x=1"])["tomorrow:x=1"]["label"] == "tomorrow:x=1"
 
 
 class TestMeans:

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from overtone.lab.losses import LOSSES
-from overtone.lab.records import EditRecord
+from overtone.lab.losses import ABLATIONS, EARLY_STOPPING_THRESHOLDS, LOSSES, parse_loss
+from overtone.lab.titles import loss_title
 from overtone.lab.traces import EditTrace
 
-_COLOURS = ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#F0E442")
-"""Okabe and Ito's palette, which colour-blind readers tell apart."""
+LINE_COLOURS = ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#000000", "#882255")
+"""Okabe and Ito's palette without its yellow, which is hard to see on white, and a wine red of Tol's instead."""
 
 _DASHES = ("-", "--", ":", "-.")
-"""As many as have no divisor in common with the colours, so that losses share both only after 28."""
+
+_LEGEND_WIDTH = 26
+"""Characters at which the name of a loss goes on in the next line."""
 
 
-def draw_overfitting(records: Sequence[EditRecord], path: Path, *, title: str) -> None:
-    """Draw the traces of one method: a line per loss, averaged over edits.
+class Traced(Protocol):
+    """A record of an edit whose steps may have been watched."""
 
-    Generality and portability loss after every step (an edit that ended early keeps its last value); the loss of each
-    target token before the edit; the underfitting degree of each target token after it, negative where overfitted.
+    @property
+    def loss(self) -> str:
+        """The canonical spec of the loss."""
+
+    @property
+    def trace(self) -> EditTrace | None:
+        """What was seen."""
+
+
+def draw_overfitting(records: Sequence[Traced], path: Path, *, title: str) -> None:
+    """Draw the traces of one method as `overfitting_figure` does.
 
     Args:
         records: of one method; those without a trace are passed over.
@@ -34,31 +46,41 @@ def draw_overfitting(records: Sequence[EditRecord], path: Path, *, title: str) -
         ImportError: matplotlib is not there.
         ValueError: no record has a trace.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, NullLocator
-    except ImportError as error:
-        raise ImportError('figures need matplotlib: pip install "overtone[lab]"') from error
+    save_figure(overfitting_figure(records, title=title), path)
 
+
+def overfitting_figure(
+    records: Sequence[Traced], *, title: str, styles: Mapping[str, dict[str, Any]] | None = None
+) -> Any:
+    """The traces of one method: a line per loss, averaged over edits.
+
+    Generality and portability loss after every step (an edit that ended early keeps its last value); the loss of each
+    target token before the edit; the underfitting degree of each target token after it, negative where overfitted.
+
+    Args:
+        records: of one method; those without a trace are passed over.
+        title: above the figure.
+        styles: from `loss_styles`; None: those of the losses that are drawn.
+
+    Raises:
+        ImportError: matplotlib is not there.
+        ValueError: no record has a trace.
+    """
     traces: dict[str, list[EditTrace]] = {}
     for record in records:
         if record.trace is not None:
             traces.setdefault(record.loss, []).append(record.trace)
     if not traces:
         raise ValueError("no record has a trace: nothing to draw")
+    styles = styles or loss_styles(traces)
 
-    figure = Figure(figsize=(3.5, 4.0), dpi=300, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=7)
+    figure = new_figure(4.0, title=title)
+    from matplotlib.ticker import LogLocator, NullLocator
+
     (generality, portability), (initial, underfitting) = figure.subplots(2, 2)
     last_step = max(trace.steps[-1] for group in traces.values() for trace in group)
     for loss, group in traces.items():
-        style: dict[str, Any] = {
-            **_style(loss),
-            "linewidth": 1.2,
-            "label": LOSSES[loss].title,
-        }
+        style = {**styles[loss], "linewidth": 1.2}
         for axes, curves in (
             (generality, [(trace.steps, trace.generality_loss) for trace in group]),
             (portability, [(trace.steps, trace.portability_loss) for trace in group]),
@@ -77,28 +99,123 @@ def draw_overfitting(records: Sequence[EditRecord], path: Path, *, title: str) -
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())
-    _label(generality, "a  Generality loss", "editing step", "nats, log scale")
-    _label(portability, "b  Portability loss", "editing step", "nats, log scale")
-    _label(initial, "c  Loss before the edit", "target token", "nats")
-    _label(underfitting, "d  Underfitting degree", "target token", "nats (below 0: overfitted)")
-    handles, labels = generality.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=6, frameon=False, handlelength=2.6)
-    figure.savefig(path)
+    label_axes(generality, "a  Generality loss", "editing step", "nats, log scale")
+    label_axes(portability, "b  Portability loss", "editing step", "nats, log scale")
+    label_axes(initial, "c  Loss before the edit", "target token", "nats")
+    label_axes(underfitting, "d  Underfitting degree", "target token", "nats (below 0: overfitted)")
+    for axes in (generality, portability, initial, underfitting):
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    add_legend(figure)
+    return figure
 
 
-def _style(loss: str) -> dict[str, str]:
-    """The same in every figure, whichever other losses are drawn."""
-    position = list(LOSSES).index(loss)
-    return {"color": _COLOURS[position % len(_COLOURS)], "linestyle": _DASHES[position % len(_DASHES)]}
+def loss_styles(losses: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, dashes and label of each loss.
+
+    A loss that the lab knows looks the same in every figure, in a colour that no other has in the figures of
+    `overtone.lab.bench_figures`. Others follow in their order, the first three in colours of their own, too; no two of
+    the first eleven look alike.
+
+    Args:
+        losses: specs.
+    """
+    losses = list(losses)
+    places = dict(_KNOWN_PLACES)
+    next_place = 2 * len(LINE_COLOURS) + len(LOSSES)
+    for loss in losses:
+        if loss not in places:
+            places[loss] = next_place
+            next_place += 1
+    return {loss: {**_line(places[loss]), "label": textwrap.fill(loss_title(loss), _LEGEND_WIDTH)} for loss in losses}
 
 
-def _label(axes: Any, title: str, x: str, y: str) -> None:
+def _known_places() -> dict[str, int]:
+    """Places in the cycle of colours such that losses that are drawn together differ in colour."""
+    thresholds = [parse_loss(f"early_stopping:stop_below={value}").name for value in EARLY_STOPPING_THRESHOLDS]
+    places = {loss: place for place, loss in enumerate(LOSSES)}
+    for loss in thresholds:
+        places.setdefault(loss, len(places))
+    reserved = {places[loss] % len(LINE_COLOURS) for loss in ("cross_entropy", "overtone")}
+    place = len(places)
+    for loss in ABLATIONS:
+        while place % len(LINE_COLOURS) in reserved:
+            place += 1
+        places[loss] = place
+        place += 1
+    return places
+
+
+_KNOWN_PLACES = _known_places()
+
+
+def _line(place: int) -> dict[str, str]:
+    round_trips = place // len(LINE_COLOURS)
+    return {
+        "color": LINE_COLOURS[place % len(LINE_COLOURS)],
+        "linestyle": _DASHES[(place + round_trips) % len(_DASHES)],
+    }
+
+
+def new_figure(height: float, *, title: str) -> Any:
+    """An empty figure as wide as a column of the paper, 3.5 inches.
+
+    Args:
+        height: in inches.
+        title: above the figure.
+
+    Raises:
+        ImportError: matplotlib is not there.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: pip install "overtone[lab]"') from error
+    figure = Figure(figsize=(3.5, height), dpi=300, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=7)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure, the same bytes for the same figure; the path's suffix chooses the format."""
+    from matplotlib import rc_context
+    from PIL import Image
+
+    if path.suffix == ".png":
+        # A palette makes the file a quarter as large, and the eye does not see it.
+        figure.canvas.draw()
+        image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
+        palette = image.quantize(256, dither=Image.Dither.NONE)
+        palette.save(path, optimize=True, dpi=(figure.dpi, figure.dpi))
+        return
+    with rc_context({"svg.hashsalt": "overtone"}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def label_axes(axes: Any, title: str, x: str, y: str) -> None:
+    """Title, axis labels and the plain look of all figures."""
     axes.set_title(title, fontsize=7, loc="left")
     axes.set_xlabel(x, fontsize=6)
     axes.set_ylabel(y, fontsize=6)
     axes.tick_params(labelsize=6, width=0.6, length=2)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+
+def add_legend(figure: Any) -> None:
+    """Below the figure, each loss that some axes of it show."""
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=2,
+        fontsize=6,
+        frameon=False,
+        handlelength=2.6,
+    )
 
 
 def _mean_curve(

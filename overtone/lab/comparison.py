@@ -1,0 +1,95 @@
+"""How sure a mean over edits is, and a difference between two losses on the same edits: a bootstrap of whole units.
+
+A unit is what is independent of the others: a single edit, or a sequence of edits. A resample draws units with
+replacement and averages over all of their edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from overtone.lab.summary import Estimate
+
+RESAMPLES = 9999
+"""As SciPy's bootstrap draws."""
+
+_ROUNDING = 1e-9
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def bootstrap_mean(values: Sequence[float], units: Sequence[Hashable], *, seed: int = 0) -> Estimate:
+    """The mean and its 95% percentile interval over resampled units.
+
+    Args:
+        values: one per edit.
+        units: what each edit belongs to, one per edit; a single unit has no interval.
+        seed: of the resamples; the same for two calls means the same resamples where the number of units is the same.
+
+    Raises:
+        ValueError: no values, or another number of units.
+    """
+    if not values:
+        raise ValueError("values is empty: there is nothing to average")
+    if len(values) != len(units):
+        raise ValueError(f"values and units must be of one length, got {len(values)} and {len(units)}")
+    places = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
+    place_of_each = [places[unit] for unit in units]
+    sums = np.bincount(place_of_each, weights=values)
+    counts = np.bincount(place_of_each)
+    mean = float(sums.sum() / counts.sum())
+    if len(places) == 1:
+        return Estimate(mean, None, None, len(values))
+    draws = _draws(len(places), seed)
+    low, high = np.percentile((draws @ sums) / (draws @ counts), [2.5, 97.5])
+    return Estimate(mean, float(low), float(high), len(values))
+
+
+def paired_difference(
+    values: Mapping[Key, float],
+    baseline: Mapping[Key, float],
+    units: Mapping[Key, Hashable],
+    *,
+    seed: int = 0,
+) -> Estimate | None:
+    """The mean of values - baseline over the edits that both have, with the interval of `bootstrap_mean`.
+
+    Args:
+        values: by edit.
+        baseline: by edit.
+        units: what each edit belongs to.
+        seed: of the resamples.
+
+    Returns:
+        None where no edit is in both.
+    """
+    common = [key for key in values if key in baseline]
+    if not common:
+        return None
+    return bootstrap_mean([values[key] - baseline[key] for key in common], [units[key] for key in common], seed=seed)
+
+
+def excludes_zero(difference: Estimate) -> bool:
+    """Whether the whole interval lies on one side of 0; a difference without an interval never does.
+
+    What rounding errors leave of equal accuracies is 0.
+    """
+    if difference.low is None or difference.high is None:
+        return False
+    return difference.low > _ROUNDING or difference.high < -_ROUNDING
+
+
+@lru_cache(maxsize=2)
+def _draws(units: int, seed: int) -> NDArray[np.float64]:
+    """How often each resample (rows) holds each unit (columns).
+
+    A report has thousands of means over the same number of units; with the counts kept, each is one product.
+    """
+    chosen = np.random.default_rng(seed).integers(0, units, (RESAMPLES, units))
+    chosen += units * np.arange(RESAMPLES)[:, None]
+    return np.bincount(chosen.ravel(), minlength=RESAMPLES * units).reshape(RESAMPLES, units).astype(np.float64)
