@@ -5,10 +5,12 @@ The lab's worlds are corpora, and so are published editing data, read from the u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from overtone.lab.knowedit import open_wikibio, open_zsre
+from overtone.lab.mquake import open_mquake
 from overtone.lab.recipes import RECIPES, Recipe
 from overtone.lab.world import Edit, Probe, World, build_world
 
@@ -78,7 +80,10 @@ class WorldCorpus:
 WORLDS = ("short", "long", "soft")
 """The corpora that are worlds of the lab: short targets, long ones, and edits judged on facts with several answers."""
 
-CORPORA: tuple[str, ...] = WORLDS
+FILES: Mapping[str, Callable[..., Corpus]] = {"zsre": open_zsre, "wikibio": open_wikibio, "mquake": open_mquake}
+"""The corpora that are published files, and what opens each."""
+
+CORPORA = (*WORLDS, *FILES)
 """The names of all corpora."""
 
 
@@ -89,14 +94,20 @@ def open_corpus(name: str, *, seed: int, path: Path | None = None, size: int | N
         name: one of `CORPORA`.
         seed: of the world, or of the choice of records from a file.
         path: the published file; worlds have none.
-        size: how many records of the file a small model is to know; by default as many as one learns in minutes.
+        size: how many records of the file to use, all of which a small model has to learn; by default as many as one
+            learns in minutes.
 
     Raises:
-        ValueError: an unknown name, a path or size for a world or none for a file, a size that the file does not have,
-            or a record that is not as published.
+        ValueError: an unknown name, a path or size for a world or no path for a file, a size that the file does not
+            have, or a record that is not as published.
         OSError: the file cannot be read.
     """
-    if name not in CORPORA:
+    if name in FILES:
+        if path is None:
+            raise ValueError(f"path is missing: {name} is read from a published file that you name")
+        chosen = {} if size is None else {"size": size}
+        return FILES[name](path, seed=seed, **chosen)
+    if name not in WORLDS:
         raise ValueError(f"unknown corpus {name!r}: choose from {', '.join(CORPORA)}")
     for argument, value in (("path", path), ("size", size)):
         if value is not None:

@@ -137,10 +137,13 @@ def teacher_forced(model: Any, batch: TargetBatch) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Greedy completions up to the end-of-sequence token, without the prompt and special tokens, stripped.
+def complete(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, *, temperature: float | None = None
+) -> list[str]:
+    """Completions up to the end-of-sequence token, without the prompt and special tokens, stripped.
 
-    The tokenizer's padding side is put back afterwards.
+    Greedy without a temperature, else sampled from the whole vocabulary with torch's global random state. The
+    tokenizer's padding side is put back afterwards.
     """
     side = tokenizer.padding_side
     tokenizer.padding_side = "left"
@@ -148,11 +151,14 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens:
         inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
     finally:
         tokenizer.padding_side = side
+    decoding: dict[str, Any] = {"do_sample": False}
+    if temperature is not None:
+        decoding = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     generated = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        **decoding,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -27,3 +27,8 @@ RECIPES: Mapping[str, Recipe] = {
     "gpt2": Recipe(steps=1900),
 }
 """What each architecture needs for a world; with learned positions, names are copied later than with rotary ones."""
+
+
+def adapted(recipe: Recipe, arch: str) -> Recipe:
+    """A llama's recipe for another architecture: as many times the steps as a world takes it."""
+    return replace(recipe, steps=round(recipe.steps * RECIPES[arch].steps / RECIPES["llama"].steps))
