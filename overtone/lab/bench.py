@@ -27,7 +27,7 @@ from overtone.lab.perplexity import perplexity
 from overtone.lab.registry import look_up
 from overtone.lab.results_folder import CHECKPOINTS, ResultsFolder
 from overtone.lab.sequences import SequenceTask, checkpoint_path
-from overtone.lab.sessions import require_method, unsupported
+from overtone.lab.sessions import open_session, require_method, unsupported
 from overtone.lab.sharding import Shard
 from overtone.lab.world import Edit
 
@@ -91,7 +91,7 @@ class Bench:
         )
         self.left_out: list[str] = []
         self._check()
-        self._losses = [parse_loss(spec) for spec in settings.losses]
+        self._losses = list({loss.name: loss for loss in map(parse_loss, settings.losses)}.values())
         self._grid = self._supported()
         self._corpora: dict[tuple[str, int], Corpus] = {
             (data, seed): open_corpus(data, seed=seed, path=self._path(data), size=self._size(data))
@@ -102,6 +102,7 @@ class Bench:
         if not self.tasks:
             raise ValueError(f"there is nothing to do: {'; '.join(self.left_out)}")
         require_writable(out)
+        self._sources: dict[tuple[str, int], str | Path] = {}
 
     @property
     def edits_planned(self) -> int:
@@ -140,7 +141,6 @@ class Bench:
             "optimisers": {
                 name: {"optimizer": "Adam", "steps": method.steps, "lr": method.lr} for name, method in METHODS.items()
             },
-            "traced": {"method": self.settings.methods[0], "seed": self.settings.seeds[0]},
             "models": models,
         }
         results = ResultsFolder(self.out, header, self.shard)
@@ -160,10 +160,10 @@ class Bench:
 
     def perform(self, results: ResultsFolder) -> Iterator[list[EditOutcome]]:
         """Make the edits that are not on disk yet, and yield those of each sequence once they are."""
-        for (data, seed), group in groupby(self.left(results), key=lambda task: (task.data, task.seed)):
-            model = self.source.open(self._corpora[data, seed], seed)
+        for _, group in groupby(self.left(results), key=lambda task: self._sources[task.data, task.seed]):
             # The longest first, so that no worker is left alone with one at the end.
             tasks = sorted(group, key=lambda task: -task.length)
+            model = self.source.open(self._corpora[tasks[0].data, tasks[0].seed], tasks[0].seed)
             for outcomes in perform_all(model.workplace, model.source, tasks, workers=self.workers):
                 results.append(outcomes)
                 checkpoint_path(results.checkpoints, outcomes[0].sequence_key).unlink(missing_ok=True)
@@ -271,6 +271,9 @@ class Bench:
     def _describe(self, data: str, seed: int) -> dict[str, Any]:
         corpus = self._corpora[data, seed]
         model: EditedModel = self.source.open(corpus, seed)
+        if not self._sources:
+            self._try_methods(model, corpus)
+        self._sources[data, seed] = model.source
         path = self._path(data)
         with one_thread():
             knowledge = self.source.knowledge(corpus, seed)
@@ -285,6 +288,12 @@ class Bench:
             "file": None if path is None else hashlib.sha256(path.read_bytes()).hexdigest(),
             "size": self._size(data),
         }
+
+    def _try_methods(self, model: EditedModel, corpus: Corpus) -> None:
+        """Open each method once, so that a model that it does not know is refused before the first edit."""
+        for method in self.settings.methods:
+            with open_session(model.workplace, method, 0, corpus.training_texts()):
+                pass
 
 
 def default_workers(settings: BenchSettings) -> int:

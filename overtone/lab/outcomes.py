@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class EditOutcome:
     Attributes:
         data: name of the corpus.
         seed: of the corpus, its model and the choice of edits.
-        method: name in `overtone.lab.sessions.METHOD_NAMES`.
+        method: a name that `overtone.lab.sessions.open_session` takes.
         loss: canonical spec (see `overtone.lab.losses`).
         length: edits in the sequence.
         sequence: which of the sequences of this length.
@@ -55,14 +55,14 @@ class EditOutcome:
     prompt: str
     target_new: str
     target_old: str
-    scores: Scores | None
-    answers: dict[str, float]
-    perplexity: float | None
-    steps: int
-    ended: str
-    seconds: float
-    trace: EditTrace | None
-    error: str | None
+    scores: Scores | None = None
+    answers: dict[str, float] = field(default_factory=dict)
+    perplexity: float | None = None
+    steps: int = 0
+    ended: str = "failed"
+    seconds: float = 0.0
+    trace: EditTrace | None = None
+    error: str | None = None
 
     @property
     def sequence_key(self) -> SequenceKey:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ RESULTS, PARTS, CHECKPOINTS = "results.jsonl", "results.rank*.jsonl", "checkpoin
 """What stands in the folder beside the report."""
 
 _MAY_DIFFER = ("command", "settings", "machine", "models")
-"""The values of the first line on which no outcome depends; of the models, those of one corpus and seed must agree."""
+"""The values of the first line on which no outcome depends, or of which a part is compared."""
+
+_OF_MODEL = ("fingerprint", "file", "size")
+"""What must agree of the model of one corpus and seed."""
 
 
 class ResultsFolder:
@@ -69,8 +73,7 @@ class ResultsFolder:
         ordered = {key: self.done[key] for key in dict.fromkeys((*order, *self.done))}
         self._open(self.results, ordered)
         self._remove_parts()
-        if self.checkpoints.exists() and not any(self.checkpoints.iterdir()):
-            self.checkpoints.rmdir()
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _open(self, path: Path, sequences: dict[SequenceKey, list[EditOutcome]]) -> RecordFile[EditOutcome]:
         file = RecordFile(path, EditOutcome, self._header, may_differ=_MAY_DIFFER)
@@ -90,18 +93,18 @@ class ResultsFolder:
         """Take over the models of an earlier header, or refuse it."""
         different = {key for key in header | self._header if header.get(key) != self._header.get(key)}
         different -= set(_MAY_DIFFER)
-        earlier, now = ({(m["data"], m["seed"]): m for m in h["models"]} for h in (header, self._header))
-        different |= {
-            f"model of {data} with seed {seed}"
-            for data, seed in earlier.keys() & now
-            if earlier[data, seed] != now[data, seed]
-        }
+        earlier, now = (
+            {(model["data"], model["seed"]): model for model in one["models"]} for one in (header, self._header)
+        )
+        for data, seed in earlier.keys() & now:
+            one, other = earlier[data, seed], now[data, seed]
+            different |= {f"{key} of {data} with seed {seed}" for key in _OF_MODEL if one.get(key) != other.get(key)}
         if different:
             raise ValueError(
                 f"{path} holds the edits of a run with another {', '.join(sorted(different))}: "
                 "choose another folder, or remove this file"
             )
-        self._header = {**self._header, "models": [*now.values(), *(m for key, m in earlier.items() if key not in now)]}
+        self._header = {**self._header, "models": list({**now, **earlier, **now}.values())}
 
     def _remove_parts(self) -> None:
         for part in self.folder.glob(PARTS):

@@ -70,10 +70,11 @@ class SequenceTask:
     def perform(self, workplace: Workplace) -> list[EditOutcome]:
         """Make and score the edits; if one fails, the outcomes of all of them say so.
 
+        The model is compared with the clean one at the end, which is before the next sequence.
+
         Raises:
-            NotRestoredError: the model was not clean before, or is not clean afterwards: the run must end.
+            NotRestoredError: it is not what it was, bit for bit: the run must end.
         """
-        workplace.require_restored("What came before")
         try:
             outcomes = self._perform(workplace)
         # Whatever an edit fails of, the others can still be made, once the model is known to be as before.
@@ -126,18 +127,10 @@ class SequenceTask:
         ]
 
     def _failed(self, position: int, error: Exception) -> EditOutcome:
-        return self._outcome(position, ended="failed", error=f"{type(error).__name__}: {error}")
+        return self._outcome(position, error=f"{type(error).__name__}: {error}")
 
     def _outcome(self, position: int, **values: Any) -> EditOutcome:
         edit = self.edits[position]
-        unknown: dict[str, Any] = {
-            "scores": None,
-            "answers": {},
-            "perplexity": None,
-            "steps": 0,
-            "seconds": 0.0,
-            "trace": None,
-        }
         return EditOutcome(
             data=self.data,
             seed=self.seed,
@@ -150,7 +143,7 @@ class SequenceTask:
             prompt=edit.prompt,
             target_new=edit.target_new,
             target_old=edit.target_old,
-            **{**unknown, "error": None, **values},
+            **values,
         )
 
 
