@@ -21,11 +21,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "LoRA": {"num_steps": 50},
     "MELO": {"edit_lr": 5e-3, "init_radius": 3.0, "num_block": 120, "num_edit_per_block": 1},
     "WISE": {"n_iter": 50},
-    "ROME": {},
-    "MEMIT": {},
+    "ROME": {"v_lr": 1.0},
+    "MEMIT": {"v_lr": 1.0, "mom2_update_weight": 50.0},
 }
 
-_DEPTH, _MLP_WIDTH = 32, 11008  # of LLaMA-2-7b, for which the layers and MEMIT's weight on the statistics were chosen
+_DEPTH = 32  # of LLaMA-2-7b, for which the layers were chosen
 
 
 @dataclass(frozen=True)
@@ -301,14 +301,11 @@ def _rome(target: _Target) -> dict[str, Any]:
 
 def _memit(target: _Target) -> dict[str, Any]:
     layers = target.layers((4, 5, 6, 7, 8))
-    # A key's weight against the statistics grows with its dimension, so the balance is kept per dimension.
-    projection = target.model.get_parameter(f"{target.down_projection(layers[0])}.weight")
-    width = projection.shape[0 if target.architecture.transposed else 1]
     return {
         **_locate_and_edit(target),
         "layers": layers,
         "layer_selection": "all",
-        "mom2_update_weight": 15_000 * width / _MLP_WIDTH,
+        "mom2_update_weight": 15_000,
     }
 
 

@@ -36,7 +36,7 @@ def token_loss(alg_name: str, loss: NamedLoss) -> dict[str, Any] | None:
         )
     if not loss.is_dynamic:
         raise ValueError(
-            f"{alg_name} cannot minimise {loss.name!r}: EasyEdit's trainers keep no unedited model beside the edited one"
+            f"{alg_name} cannot minimise {loss.name!r}: EasyEdit's trainers keep no logits from before the edit"
         )
     config = loss.config(PRESETS[alg_name])
     if config is not None:

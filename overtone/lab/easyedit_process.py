@@ -52,13 +52,6 @@ def missing() -> str | None:
     )
 
 
-def version() -> str:
-    """Commit and date of the EasyEdit at hand, where it is a git checkout."""
-    with _on_search_path():
-        place = find_easyedit()
-    return "not found" if place is None else place[1]
-
-
 def import_quietly() -> None:
     """Import EasyEdit; logging, random states and the search path are afterwards as before.
 

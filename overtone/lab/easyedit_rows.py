@@ -17,10 +17,11 @@ class RowByRow:
     """Runs a Hugging Face causal language model on one unpadded text at a time."""
 
     def __init__(self, model: Any) -> None:
-        """Wrap a model; everything but the calls below is the model's own."""
+        """Wrap a model."""
         self._model = model
 
     def __getattr__(self, name: str) -> Any:
+        """Everything but calls and generation is the model's own."""
         return getattr(self._model, name)
 
     def __call__(

@@ -11,7 +11,7 @@ import random
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from overtone.easyedit.patching import Patches
 from overtone.lab import easyedit_process as process
-from overtone.lab.easyedit_hparams import SMALL, SMALL_MODEL, edited_weights, make_hparams, most_steps
+from overtone.lab.easyedit_hparams import edited_weights, make_hparams, most_steps
 from overtone.lab.easyedit_losses import PRESETS, token_loss
 from overtone.lab.easyedit_rows import RowByRow
 from overtone.lab.easyedit_statistics import second_moment
@@ -43,7 +43,7 @@ class Algorithm:
     """What is particular to one of EasyEdit's methods.
 
     Attributes:
-        name: as in `overtone.lab.sessions.EASYEDIT_METHODS`.
+        name: the key in `ALGORITHMS`.
         alg_name: EasyEdit's name.
         edits_in_place: it changes weights of the model, rather than adding modules to it.
         takes_batches: several prompts of one edit go into one call.
@@ -81,29 +81,9 @@ def unsupported(method: str, loss: NamedLoss) -> str | None:
     return None
 
 
-def require_easyedit(method: str) -> None:
-    """Refuse a method where EasyEdit is not there, without importing it.
-
-    Raises:
-        ValueError: it is not there; the message says what to set.
-    """
-    if problem := process.missing():
-        raise ValueError(f"method {method!r} needs EasyEdit: {problem}")
-
-
-def settings(method: str) -> dict[str, Any]:
-    """What an edit with a method depends on besides model and loss: EasyEdit's version, and the hparams' source."""
-    alg_name = ALGORITHMS[method].alg_name
-    return {
-        "trainer": f"EasyEdit {process.version()}",
-        "hparams": "EasyEdit's for LLaMA-2-7b-chat, layers at the same relative depth",
-        f"hparams below {SMALL_MODEL:,} parameters": SMALL[alg_name],
-    }
-
-
 @contextmanager
-def open_easyedit(
-    workplace: Workplace, method: str, seed: int, texts: Sequence[str] | None = None
+def open_easyedit_session(
+    workplace: Workplace, method: str, seed: int, texts: Sequence[str] = ()
 ) -> Iterator[EasyEditSession]:
     """Edit the workplace's model with one of EasyEdit's methods; afterwards it is as before, bit for bit.
 
@@ -121,7 +101,8 @@ def open_easyedit(
     (algorithm,) = look_up(ALGORITHMS, "method", [method])
     if algorithm.needs_texts and not texts:
         raise ValueError(f"texts must hold what the model knows for method {method!r}, got {texts!r}")
-    require_easyedit(method)
+    if missing := process.missing():
+        raise ValueError(f"method {method!r} needs EasyEdit: {missing}")
     process.import_quietly()
     trainer = algorithm.alg_name if algorithm.alg_name in PRESETS else None
     with (
@@ -132,8 +113,8 @@ def open_easyedit(
         workplace.tokenizer.save_pretrained(folder)
         hparams = make_hparams(algorithm.alg_name, workplace.model, Path(folder))
         if algorithm.alg_name in ("ROME", "MEMIT"):
-            _answer_for_statistics(patches, workplace, texts or ())
-        session = EasyEditSession(algorithm, workplace, hparams, seed, texts or ())
+            _answer_for_statistics(patches, workplace, texts)
+        session = EasyEditSession(algorithm, workplace, hparams, seed, texts)
         try:
             yield session
         finally:
@@ -146,7 +127,7 @@ class EasyEditSession:
     def __init__(
         self, algorithm: Algorithm, workplace: Workplace, hparams: Any, seed: int, texts: Sequence[str]
     ) -> None:
-        """Use `open_easyedit`."""
+        """Use `open_easyedit_session`."""
         self._algorithm = algorithm
         self._hparams = hparams
         self._seed = seed
@@ -213,7 +194,7 @@ class EasyEditSession:
         return {name: self._copy.get_parameter(name).detach().clone() for name in self._names}
 
     @torch.no_grad()
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` gave.
 
         Raises:
@@ -252,20 +233,22 @@ class EasyEditSession:
         return request
 
     def _unrelated(self, edit: Edit, text: str) -> str:
-        """A known text without the edit's subject and objects, shorter than the edit, which WISE pads it to."""
+        """The beginning of a known text that has nothing to do with the edit.
+
+        It is shorter than the edit: WISE pads the two to one length, and lets the padding of a shorter edit into its
+        loss.
+        """
         length = len(self._tokenizer(text).input_ids)
-        taboo = (edit.subject, edit.target_new.strip(), edit.target_old.strip())
-        probes = {probe.prompt for probe in (*edit.generality, *edit.portability, *edit.locality)}
-        texts = random.Random(f"{self._seed} {text}").sample(self._texts, len(self._texts))
-        for known in texts:
-            words = known.split()
-            # The beginning of a text, where the whole is too long.
+        probes = (*edit.generality, *edit.portability, *edit.locality)
+        taboo = {edit.subject, edit.target_new.strip(), edit.target_old.strip(), *(probe.prompt for probe in probes)}
+        # As many tries as it takes, of as many texts as there are, always in the same order.
+        for known in random.Random(f"{self._seed} {text}").sample(self._texts, len(self._texts)):
+            words = [] if any(told in known for told in taboo) else known.split()
             while words and len(self._tokenizer(" ".join(words)).input_ids) >= length:
                 words.pop()
-            start = " ".join(words)
-            if words and not any(name in known for name in taboo) and not any(probe in known for probe in probes):
-                return start
-        raise ValueError(f"texts hold nothing that is unrelated to {edit.prompt!r} for WISE to leave alone")
+            if words:
+                return " ".join(words)
+        raise ValueError(f"texts hold nothing unrelated to {edit.prompt!r}, which WISE needs one of")
 
     def _ended(self, steps: int, calls: int, loss: NamedLoss, choice: dict[str, Any] | None) -> str:
         if steps >= calls * most_steps(self._hparams):
