@@ -149,6 +149,25 @@ class TestUnits:
         (block,) = editing_blocks(outcomes)
         assert block.is_clear(row(block, "overtone").differences[BEST_BASELINE]) is is_clear
 
+    @pytest.mark.parametrize(
+        ("edits", "failed", "is_clear"), [(5, 0, False), (6, 0, True), (9, 3, True), (9, 4, False)]
+    )
+    def test_few_single_edits_are_never_called_clear(self, edits, failed, is_clear):
+        """Those that one of the two losses failed on count for neither."""
+        outcomes = [
+            *singles([0.2] * edits),
+            *singles([None] * failed + [0.8] * (edits - failed), loss="overtone"),
+        ]
+        (block,) = editing_blocks(outcomes)
+        assert block.is_clear(row(block, "overtone").differences[BEST_BASELINE]) is is_clear
+
+    def test_failed_sequences_do_not_help_to_be_clear(self):
+        outcomes = [edit for seed in range(7) for edit in sequence([0.2] * 9, seed=seed)]
+        for seed in range(7):
+            outcomes += sequence([0.8 if seed > 2 else None] * 9, seed=seed, loss="overtone")
+        (block,) = editing_blocks(outcomes)
+        assert not block.is_clear(row(block, "overtone").differences[BEST_BASELINE])
+
 
 class TestAblationBlocks:
     def test_compares_to_overtone_and_leaves_the_others_out(self):

@@ -32,6 +32,11 @@ class TestDrawOverfitting:
     def test_passes_over_records_without_a_trace(self, tmp_path):
         draw_overfitting([record(), record(trace=TRACE)], tmp_path / "figure.png", title="LoRA")
 
+    def test_draws_edits_without_generality_and_portability_probes(self, tmp_path):
+        trace = EditTrace([0, 1], [], [], [0.5], [0.1])
+        draw_overfitting([record(trace=trace)], tmp_path / "figure.png", title="LoRA")
+        draw_overfitting([record(trace=TRACE), record(trace=trace)], tmp_path / "figure.png", title="LoRA")
+
     def test_refuses_to_draw_nothing(self, tmp_path):
         with pytest.raises(ValueError, match="no record has a trace"):
             draw_overfitting([record()], tmp_path / "figure.png", title="LoRA")

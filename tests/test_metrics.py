@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mini_lab
@@ -254,3 +255,11 @@ class TestTracer:
             tracer.record(1)
             now, _ = single_pass(model, tokenizer, edit.prompt, edit.target_new)
         assert tracer.trace.underfitting == pytest.approx(underfitting_degree(before, now, labels).tolist(), rel=1e-4)
+
+    def test_an_edit_without_generality_and_portability_probes(self):
+        """WikiBio's edits have locality alone."""
+        edit = replace(mini_lab.edit(), generality=(), portability=())
+        tracer = Tracer(mini_lab.random_model(), mini_lab.tokenizer(), edit)
+        tracer.observe(0)
+        assert (tracer.trace.generality_loss, tracer.trace.portability_loss) == ([], [])
+        assert tracer.trace.initial_loss

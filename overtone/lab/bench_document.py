@@ -8,7 +8,7 @@ from typing import Any
 
 from overtone.lab.bench_markdown import EDITING_COLUMNS, markdown_line, question_columns, tables_by_data
 from overtone.lab.bench_results import Results
-from overtone.lab.bench_tables import BASELINES, ENOUGH_SEQUENCES, FEWEST_SEQUENCES, Block, is_early_stopping
+from overtone.lab.bench_tables import BASELINES, ENOUGH_UNITS, FEWEST_SEQUENCES, Block, is_early_stopping
 from overtone.lab.comparison import RESAMPLES
 from overtone.lab.losses import ABLATIONS
 from overtone.lab.outcomes import EditOutcome
@@ -129,9 +129,9 @@ Edits of one sequence are not independent: for T > 1 whole sequences are resampl
 Differences are of the average, in points, over the edits that both losses have (same data, seed, sequence and edit), by
 a paired bootstrap. The best baseline is the best of cross-entropy, label smoothing and early stopping at its default
 threshold, 0.1. The best early stopping is the best of all thresholds. Both are chosen by their average on the same
-edits of the same table, which favours them. **Bold**: the interval excludes 0, whichever way, and rests on single
-edits or on at least {ENOUGH_SEQUENCES} sequences (fewer agree in sign by chance in over 5% of cases). Nothing else is
-ever bold, and no interval is corrected for the number of rows.
+edits of the same table, which favours them. **Bold**: the interval excludes 0, whichever way, and rests on at
+least {ENOUGH_UNITS} single edits or sequences (fewer agree in sign by chance in over 5% of cases). Nothing else is ever
+bold, and no interval is corrected for the number of rows.
 
 *In italics*: the paper's own numbers, copied from the table named there. They are of another, much larger model and of
 other settings: the direction compares, the height does not. Differences to them are not taken.

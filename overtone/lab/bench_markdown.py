@@ -126,7 +126,7 @@ def _about(block: Block) -> str:
         of_how_many = f"the best of {tried} thresholds" if tried > 1 else "the only threshold here"
         parts.append(f"best early stopping: {loss_title(block.rivals[BEST_STOP])}, {of_how_many}")
     if not block.has_enough_units:
-        parts.append("too few sequences for their intervals to be trusted, so nothing is bold")
+        parts.append("too few independent edits or sequences for intervals to be trusted, so nothing is bold")
     return f"**{method_title(block.method)}** ({'; '.join(parts)})"
 
 

@@ -20,7 +20,7 @@ def overview(results: Results) -> Table:
     blocks = {(block.data, block.method, block.length): block for block in editing_blocks(results.outcomes)}
     lengths = sorted({length for _, _, length in blocks})
     table = Table(
-        title="Average of Rel, Gen, Por, Loc in %, and difference to the best baseline",
+        title="Average in %, and difference to the best baseline",
         caption="bold: the 95% interval of the difference excludes 0 and can be trusted; =: the best baseline itself",
         title_justify="left",
         caption_justify="left",

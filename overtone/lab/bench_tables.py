@@ -28,8 +28,8 @@ BASELINES = ("cross_entropy", "label_smoothing", "early_stopping")
 FEWEST_SEQUENCES = 3
 """Below it edits are resampled, though those of one sequence are not independent."""
 
-ENOUGH_SEQUENCES = 6
-"""From here on all sequences agree in sign by chance in less than 5%, so that an interval of theirs means something."""
+ENOUGH_UNITS = 6
+"""From here on all units agree in sign by chance in less than 5%, so that an interval of theirs means something."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,14 @@ class Block:
 
     @property
     def has_enough_units(self) -> bool:
-        """Whether intervals can be trusted: single edits, or enough sequences of edits."""
-        return self.length == 1 or (self.unit == "sequences" and self.units >= ENOUGH_SEQUENCES)
+        """Whether intervals can be trusted: over enough single edits, or enough sequences of edits."""
+        return self.units >= ENOUGH_UNITS and (self.length == 1 or self.unit == "sequences")
 
     def is_clear(self, difference: Estimate) -> bool:
         """Whether a difference of this block may be called one: the only ones that tables set in bold."""
-        return self.has_enough_units and excludes_zero(difference)
+        # Sequences fail as a whole, so those that both losses finished are the edits over T.
+        finished_by_both = difference.count // self.length
+        return self.has_enough_units and finished_by_both >= ENOUGH_UNITS and excludes_zero(difference)
 
 
 def average(outcome: EditOutcome) -> float | None:

@@ -85,7 +85,9 @@ def overfitting_figure(
             (generality, [(trace.steps, trace.generality_loss) for trace in group]),
             (portability, [(trace.steps, trace.portability_loss) for trace in group]),
         ):
-            axes.plot(*_mean_curve(curves, last_step), **style)
+            curves = [(steps, losses) for steps, losses in curves if losses]
+            if curves:
+                axes.plot(*_mean_curve(curves, last_step), **style)
         degrees = _mean_per_position([trace.underfitting for trace in group])
         marker = "o" if len(degrees) <= 10 else None
         underfitting.plot(range(1, len(degrees) + 1), degrees, marker=marker, markersize=2, **style)
@@ -95,6 +97,10 @@ def overfitting_figure(
     underfitting.axhline(0.0, color="black", linewidth=0.7)
 
     for axes in (generality, portability):
+        if not axes.lines:
+            axes.text(0.5, 0.5, "no such probes", fontsize=6, ha="center", transform=axes.transAxes)
+            axes.tick_params(labelbottom=False, labelleft=False)
+            continue
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
         axes.yaxis.set_major_formatter("{x:g}")

@@ -21,8 +21,8 @@ class EditTrace:
 
     Attributes:
         steps: after how many steps the losses were taken, from 0 to the last.
-        generality_loss: mean over the rephrased prompts.
-        portability_loss: mean over the portability probes.
+        generality_loss: mean over the rephrased prompts; empty for an edit without any.
+        portability_loss: mean over the portability probes; empty for an edit without any.
         initial_loss: of every target token of the edit, before it.
         underfitting: `underfitting_degree` of every target token, after the last step.
     """
@@ -75,8 +75,8 @@ class Tracer:
         portability = [step[self._portability_from :] for step in self._losses.values()]
         return EditTrace(
             steps=list(self._losses),
-            generality_loss=[fmean(step) for step in generality],
-            portability_loss=[fmean(step) for step in portability],
+            generality_loss=[fmean(step) for step in generality if step],
+            portability_loss=[fmean(step) for step in portability if step],
             initial_loss=initial.tolist(),
             underfitting=underfitting_degree(self._unedited[edited], self._latest[edited], labels).tolist(),
         )
