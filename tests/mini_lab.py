@@ -78,3 +78,17 @@ def edit() -> Edit:
             Probe("dan likes", " milk", "soft", "milk"),
         ),
     )
+
+
+def save_world_model(path: Any) -> str:
+    """A random model in a folder, with a tokenizer that knows the words of the lab's world of seed 0."""
+    from overtone.lab.tokenizer import train_tokenizer
+    from overtone.lab.world import build_world
+
+    words = train_tokenizer(build_world(0).training_texts(), 600)
+    torch.manual_seed(0)
+    special = {"pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id, "bos_token_id": None}
+    config = LlamaConfig(vocab_size=600, **special, **SIZES, max_position_embeddings=256)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    words.save_pretrained(path)
+    return str(path)

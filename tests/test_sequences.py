@@ -74,7 +74,7 @@ class TestSession:
 
     def test_a_method_of_easyedit_needs_easyedit(self, monkeypatch):
         monkeypatch.setenv("EASYEDIT_ROOT", "/nowhere")
-        with pytest.raises(ValueError, match="method 'rome' needs EasyEdit: .*/nowhere"):
+        with pytest.raises(ValueError, match=r"method 'rome' needs EasyEdit: .*/nowhere"):
             require_method("rome")
 
     def test_says_which_losses_a_method_cannot_take(self):
