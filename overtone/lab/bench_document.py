@@ -219,12 +219,13 @@ def _bullets(title: str, items: Sequence[str]) -> Iterator[str]:
 
 
 def _said(value: Any) -> str:
+    """JSON as text, without what is not set."""
     if isinstance(value, Mapping):
-        parts = (
+        given = {key: inner for key, inner in value.items() if inner not in (None, {}, [])}
+        return "; ".join(
             f"{key} ({_said(inner)})" if isinstance(inner, Mapping) else f"{key} {_said(inner)}"
-            for key, inner in value.items()
+            for key, inner in given.items()
         )
-        return "; ".join(parts)
     if isinstance(value, list):
         return ", ".join(map(_said, value))
     return str(value)
