@@ -26,19 +26,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from overtone.lab.easyedit_hparams import SMALL
 from overtone.lab.pretrain import load_or_train
 from overtone.lab.world import Edit, build_world
 
 FILES = {"FT": "ft-m", "LoRA": "lora", "MELO": "melo", "WISE": "wise"}
-
-# The files' values are for billions of parameters; a model of one million wants other steps.
-LAB: dict[str, Config] = {
-    "FT": {"layers": [1], "lr": 5e-3, "num_steps": 25},
-    "LoRA": {"lr": 5e-3, "num_steps": 50},
-    "MELO": {},
-    "WISE": {"n_iter": 50},
-}
-LAB_GRACE = {"num_iter": 50, "edit_lr": 5e-3, "init_radius": 3.0, "num_block": 120, "num_edit_per_block": 1}
 
 LOSSES: dict[str, Any] = {
     "cross-entropy": None,
@@ -115,9 +107,8 @@ def requests_of(count: int, seed: int) -> list[Request]:
 
 def config_of(job: Job, model: str) -> Config:
     """The method's yaml file, fitted to the lab's model."""
-    config = load_config(HPARAMS / f"{FILES[job.method]}-llama-2-7b-chat.yaml", model, **LAB[job.method])
-    if job.method == "MELO":
-        config["grace"].update(LAB_GRACE)
+    config = load_config(HPARAMS / f"{FILES[job.method]}-llama-2-7b-chat.yaml", model)
+    (config["grace"] if job.method == "MELO" else config).update(SMALL[job.method])
     for change in filter(None, job.changes.split(";")):
         name, _, value = change.partition("=")
         section = config["grace"] if job.method == "MELO" and name in config["grace"] else config

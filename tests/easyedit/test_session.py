@@ -22,6 +22,8 @@ from overtone.lab.losses import parse_loss
 from overtone.lab.metrics import complete, examine, score
 from overtone.lab.world import Edit, Probe
 
+pytestmark = pytest.mark.easyedit
+
 CROSS_ENTROPY = parse_loss("cross_entropy")
 TEXTS = ["The head of Velin is Mavi .", "The spouse of Solen is Corin Tass .", "people of the city", "Yes Tass ."]
 IN_PLACE = [name for name, algorithm in ALGORITHMS.items() if algorithm.edits_in_place]
