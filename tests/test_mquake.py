@@ -33,6 +33,7 @@ class TestEdit:
 
     def test_is_all_rewrites_at_once(self, edit):
         assert (edit.prompt, edit.target_new, edit.target_old) == ("Low Tide was performed by", " Dee Fox", " Ana Orr")
+        assert edit.subject == "Low Tide"
         assert edit.also == (("The capital of Sarn is", " Bryne"),)
         assert [(probe.prompt, probe.target) for probe in edit.generality] == [
             ("Question: Who performed Low Tide? Answer:", " Dee Fox"),
@@ -82,23 +83,46 @@ class TestTexts:
 
     def test_tell_half_of_the_chains(self, several):
         texts, held_out = several.training_texts(), several.held_out_texts()
-        chains = {text for text in texts if text.startswith("Question:") and "Final answer:" in text}
-        assert len(chains) == 3 * 2
-        assert len(held_out) == 3
-        assert not set(held_out) & chains
-        assert all("Final answer: Oldport." in text for text in held_out)
+        chains = {text for text in texts if text.startswith("Question: Wh") and text.count("Subquestion") == 3}
+        held_out_chains = [text for text in held_out if text.count("Subquestion") == 3]
+        assert (len(chains), len(held_out_chains)) == (3 * 2, 3)
+        assert all("Final answer: Oldport." in text for text in held_out_chains)
+        assert not set(held_out) & set(texts)
+
+    def test_tell_half_of_the_questions_over_two_facts(self, several):
+        nested = (
+            'Question: What is the capital of the answer to "What is the country of citizenship of Dee Fox?"?'
+            " Subquestion: What is the country of citizenship of Dee Fox? Answer: Dee Fox is a citizen of Sarn."
+            " Subquestion: What is the capital of Sarn? Answer: The capital of Sarn is Sarnholm."
+            " Final answer: Sarnholm."
+        )
+        told, held_out = (
+            [text for text in texts if text.startswith("Question:") and "the answer to" in text]
+            for texts in (several.training_texts(), several.held_out_texts())
+        )
+        # Six songs lead to Ana Orr's country, and a person each to two capitals.
+        assert (len(told), len(held_out)) == (4, 4)
+        assert nested in told + held_out
 
     def test_knowledge_is_asked_in_the_prompts(self, several):
         probes = several.knowledge_probes()
         assert {title: len(group) for title, group in probes.items()} == {
             "facts": 6 + 4,
             "single hops": 6 + 4,
+            "two hops told": 4,
+            "two hops held out": 4,
             "chains told": 6,
             "chains held out": 6,
         }
         assert all(probe.prompt.startswith(SINGLE_HOP_PROMPT) for probe in probes["single hops"])
         assert all(probe.prompt.startswith(MULTI_HOP_PROMPT) for probe in probes["chains held out"])
         assert "Sarnholm" in {probe.answer for probe in probes["facts"]}
+
+    def test_a_name_inside_another_word_leads_nowhere(self, tmp_path):
+        record = mquake_record.record()
+        record["single_hops"][0]["answer"] = record["requested_rewrite"][0]["target_true"]["str"] = "Po"
+        probes = corpus(tmp_path, [record]).knowledge_probes()
+        assert not [probe for group in probes.values() for probe in group if 'Who performed Low Tide?"' in probe.prompt]
 
 
 class TestCases:

@@ -6,14 +6,18 @@ File format: `princeton-nlp/MQuAKE`, MIT licence (Zhong et al., 2023, arXiv 2305
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from overtone.lab.prompts import MULTI_HOP_PROMPT, SINGLE_HOP_PROMPT, chain_of_thought, short_answer
 from overtone.lab.published import Record, read_records, sample, take
 from overtone.lab.recipes import Recipe, adapted
 from overtone.lab.world import Edit, Probe, Question
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Case:
     """One record.
 
     Attributes:
+        subject: of the first fact that is edited.
         rewrites: (before, after) of each fact that is edited.
         questions: wordings of one question over the chain.
         chain: the facts from the question to its answer, before the edit.
@@ -43,6 +48,7 @@ class Case:
         new_answers: the same after it.
     """
 
+    subject: str
     rewrites: tuple[tuple[Hop, Hop], ...]
     questions: tuple[str, ...]
     chain: tuple[Hop, ...]
@@ -55,7 +61,9 @@ class MQuAKECorpus:
     """Cases of an MQuAKE file, and the texts that a small model learns of them.
 
     It learns every fact before the edits, also those of the edited chains that no case edits, as a sentence and as a
-    question, and half of the unedited chains of thought. The worked examples of the two prompts stand before some.
+    question, and half of the unedited chains of thought. So that it learns to go from fact to fact, and not these few
+    chains by heart, it also learns half of the questions over two facts that can be said with the file's own:
+    'Who is the director of the answer to "Who performed Hey Jude?"?'. Some of all questions stand behind their prompt.
     """
 
     name = "mquake"
@@ -65,9 +73,7 @@ class MQuAKECorpus:
         """Take the cases; the seed chooses the chains that are told, and what locality asks."""
         self._cases = cases
         self._seed = seed
-        order = random.Random(f"chains {seed}").sample(cases, len(cases))
-        half = (len(order) + 1) // 2
-        self._told, self._held_out = order[:half], order[half:]
+        self._told, self._held_out = _halves(cases, random.Random(f"chains {seed}"))
         edited = {before.cloze for case in cases for before, _ in case.rewrites}
         facts: dict[str, Hop] = {}
         for case in cases:
@@ -78,6 +84,13 @@ class MQuAKECorpus:
                 if hop.cloze not in edited:
                     facts.setdefault(hop.cloze, hop)
         self._facts = list(facts.values())
+        links = [
+            (first, second)
+            for first in self._facts
+            for second in self._facts
+            if first is not second and _as_words(first.answers[0]).search(second.question)
+        ]
+        self._told_links, self._held_out_links = _halves(links, random.Random(f"links {seed}"))
         self._kept = [hop for hop in self._facts if hop.cloze not in edited]
 
     def recipe(self, arch: str) -> Recipe:
@@ -92,27 +105,31 @@ class MQuAKECorpus:
             texts += [_text(_cloze(hop)), _text(_asked(hop))]
             if rng.random() < PROMPTED:
                 texts.append(SINGLE_HOP_PROMPT + _text(_asked(hop)))
-        for case in self._told:
-            for probe in _chains(case):
-                texts += [_text(probe)]
-                if rng.random() < PROMPTED:
-                    texts.append(MULTI_HOP_PROMPT + _text(probe))
+        chains = [probe for case in self._told for probe in _chains(case)]
+        for probe in (*chains, *(_nested(*link) for link in self._told_links)):
+            texts += [_text(probe)]
+            if rng.random() < PROMPTED:
+                texts.append(MULTI_HOP_PROMPT + _text(probe))
         return texts
 
     def held_out_texts(self) -> list[str]:
-        """The other half of the chains; their facts were told."""
-        return [_text(_chains(case)[0]) for case in self._held_out]
+        """The other half of the chains and of the questions over two facts; the facts were told."""
+        chains = [_chains(case)[0] for case in self._held_out]
+        return [_text(probe) for probe in (*chains, *(_nested(*link) for link in self._held_out_links))]
 
     def knowledge_probes(self) -> dict[str, list[Probe]]:
         """Facts as sentences, and facts and chains asked in the paper's prompts, before the edits."""
-        return {
+        groups = {
             "facts": [_cloze(hop) for hop in self._facts],
             "single hops": [_prompted(_asked(hop), SINGLE_HOP_PROMPT) for hop in self._facts],
+            "two hops told": [_prompted(_nested(*link), MULTI_HOP_PROMPT) for link in self._told_links],
+            "two hops held out": [_prompted(_nested(*link), MULTI_HOP_PROMPT) for link in self._held_out_links],
             "chains told": [_prompted(probe, MULTI_HOP_PROMPT) for case in self._told for probe in _chains(case)],
             "chains held out": [
                 _prompted(probe, MULTI_HOP_PROMPT) for case in self._held_out for probe in _chains(case)
             ],
         }
+        return {title: probes for title, probes in groups.items() if probes}
 
     def edits(self, count: int, *, seed: int) -> list[Edit]:
         """The cases that do not change a fact to something else than a case before them."""
@@ -132,7 +149,7 @@ class MQuAKECorpus:
         (before, after), *others = case.rewrites
         kept = rng.sample(self._kept, min(6, len(self._kept)))
         return Edit(
-            subject=before.cloze,
+            subject=case.subject,
             prompt=after.cloze,
             target_new=f" {after.answers[0]}",
             target_old=f" {before.answers[0]}",
@@ -144,10 +161,10 @@ class MQuAKECorpus:
         )
 
 
-MQUAKE_RECIPE = Recipe(vocabulary=1500, steps=1200, blocks=3, block_length=340)
+MQUAKE_RECIPE = Recipe(vocabulary=800, steps=1600, blocks=3, block_length=340)
 """A block holds the multi-hop prompt, a question and its chain of thought."""
 
-PROMPTED = 0.1
+PROMPTED = 0.3
 """The share of questions that are also told behind their prompt."""
 
 
@@ -170,8 +187,10 @@ def open_mquake(path: Path, *, seed: int, size: int = 100) -> MQuAKECorpus:
 
 def _case(record: Record) -> Case:
     new_chain = tuple(_hop(hop) for hop in record.records("new_single_hops"))
+    rewrites = record.records("requested_rewrite")
     return Case(
-        rewrites=tuple(_rewrite(rewrite, new_chain) for rewrite in record.records("requested_rewrite")),
+        subject=rewrites[0].text("subject"),
+        rewrites=tuple(_rewrite(rewrite, new_chain) for rewrite in rewrites),
         questions=record.answers("questions"),
         chain=tuple(_hop(hop) for hop in record.records("single_hops")),
         new_chain=new_chain,
@@ -222,6 +241,23 @@ def _chains(case: Case) -> list[Probe]:
 def _chains_to(questions: tuple[str, ...], chain: tuple[Hop, ...], answers: tuple[str, ...]) -> list[Probe]:
     thought = chain_of_thought(((hop.question, hop.sentence) for hop in chain), answers[0])
     return [Probe(f"Question: {question}", thought, "multi_hop", answers[0]) for question in questions]
+
+
+def _nested(first: Hop, second: Hop) -> Probe:
+    """A question over two facts that says itself how it falls into two."""
+    description = f'the answer to "{first.question}"'
+    question = _as_words(first.answers[0]).sub(lambda _: description, second.question)
+    return _chains_to((question,), (first, second), second.answers)[0]
+
+
+def _as_words(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
+
+
+def _halves(items: list[_Item], rng: random.Random) -> tuple[list[_Item], list[_Item]]:
+    order = rng.sample(items, len(items))
+    half = (len(order) + 1) // 2
+    return order[:half], order[half:]
 
 
 def _prompted(probe: Probe, prompt: str) -> Probe:
