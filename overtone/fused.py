@@ -1,6 +1,8 @@
-"""The loss on logits: the closed form as an operator of its own, which autograd and torch.compile know."""
+"""The loss on logits: the closed form as a function of its own, which autograd and torch.compile know."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,29 +74,72 @@ def overtone_loss(
     refuse_hold_when_distributed(hold_settled)
     _refuse_forward_mode(logits)
     token_logits, token_labels, reference = flatten_tokens(logits, labels, reference_logits)
-    counted = token_labels != ignore_index
-    sigmas = None if n_sigma is None else float(n_sigma)
-    kl, _ = _token_kl(token_logits, token_labels, reference, sigmas, float(lam), check, ignore_index)
-    token_loss = torch.where(counted & (kl < epsilon), epsilon, kl)
+    settings = TargetSettings(None if n_sigma is None else float(n_sigma), float(lam), check)
+    loss, kl = _OverTone.apply(  # type: ignore[no-untyped-call]
+        token_logits, token_labels, reference, settings, float(epsilon), ignore_index, reduction
+    )
     if hold_settled is not False:
-        token_loss = release_when_held(token_loss, kl.detach()[counted], epsilon, hold_settled)
-    return reduce_tokens(token_loss, counted, reduction).reshape(labels.shape if reduction == "none" else ())
+        loss = release_when_held(loss, kl[token_labels != ignore_index], epsilon, hold_settled)
+    return loss.reshape(labels.shape) if reduction == "none" else loss
 
 
 def _refuse_forward_mode(logits: Tensor) -> None:
-    """The operator has no tangents; torch would take them to be zero."""
+    """The function has no tangents; torch would take them to be zero."""
     if not torch.compiler.is_compiling() and forward_ad.unpack_dual(logits).tangent is not None:
         raise NotImplementedError(
             "overtone_loss has no forward-mode derivative: use backward(), or overtone.functional.reference_loss"
         )
 
 
-@torch.library.custom_op(
-    "overtone::token_kl",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor labels, Tensor? reference_logits, float? n_sigma, float lam, bool check, "
-    "int ignore_index) -> (Tensor, Tensor)",
-)
+class _OverTone(torch.autograd.Function):
+    """The loss of tokens ``(N, V)`` and their KL ``(N,)``, which counts as a constant."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        reference_logits: Tensor | None,
+        settings: TargetSettings,
+        epsilon: float,
+        ignore_index: int,
+        reduction: Reduction,
+    ) -> tuple[Tensor, Tensor]:
+        token_kl = _token_kl_operator if torch.compiler.is_compiling() else _token_kl
+        kl, coefficients = token_kl(logits, labels, reference_logits, *settings, ignore_index)
+        counted = labels != ignore_index
+        settled = counted & (kl < epsilon)
+        row_weight = (counted ^ settled).to(kl.dtype)
+        token_loss = kl.masked_fill(settled, epsilon)
+        if reduction == "mean":
+            row_weight /= counted.sum().clamp(min=1)
+        ctx.save_for_backward(logits, labels, reference_logits, coefficients, row_weight)
+        ctx.settings = settings
+        ctx.mark_non_differentiable(kl)
+        return reduce_tokens(token_loss, counted, reduction), kl
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        logits, labels, reference_logits, coefficients, row_weight = ctx.saved_tensors
+        token_kl_backward = _token_kl_backward_operator if torch.compiler.is_compiling() else _OnceDifferentiable.apply
+        gradient = token_kl_backward(
+            grad_loss * row_weight, logits, labels, reference_logits, coefficients, *ctx.settings
+        )
+        return gradient, None, None, None, None, None, None
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The gradient, as a function of the logits whose own derivative is refused instead of taken to be zero."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        return _token_kl_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> None:
+        raise RuntimeError("overtone_loss has no second derivative: its target is a constant for differentiation")
+
+
 def _token_kl(
     logits: Tensor,
     labels: Tensor,
@@ -107,12 +152,6 @@ def _token_kl(
     return row_kl(logits, labels, reference_logits, TargetSettings(n_sigma, lam, check), ignore_index)
 
 
-@torch.library.custom_op(
-    "overtone::token_kl_backward",
-    mutates_args=(),
-    schema="(Tensor grad_kl, Tensor logits, Tensor labels, Tensor? reference_logits, Tensor coefficients, "
-    "float? n_sigma, float lam, bool check, int ignore_index) -> Tensor",
-)
 def _token_kl_backward(
     grad_kl: Tensor,
     logits: Tensor,
@@ -122,36 +161,37 @@ def _token_kl_backward(
     n_sigma: float | None,
     lam: float,
     check: bool,
-    ignore_index: int,
 ) -> Tensor:
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     settings = TargetSettings(n_sigma, lam, check)
-    row_gradient(grad_kl, logits, labels, reference_logits, coefficients, settings, ignore_index, out=gradient)
+    row_gradient(grad_kl, logits, labels, reference_logits, coefficients, settings, out=gradient)
     return gradient
 
 
-@_token_kl.register_fake
+# Operators of torch's own, so that a user's compiled training step has them as whole nodes of its one graph. Outside of
+# one they would cost time: their dispatch takes longer than that of a function.
+_token_kl_operator = torch.library.custom_op(
+    "overtone::token_kl",
+    _token_kl,
+    mutates_args=(),
+    schema="(Tensor logits, Tensor labels, Tensor? reference_logits, float? n_sigma, float lam, bool check, "
+    "int ignore_index) -> (Tensor, Tensor)",
+)
+_token_kl_backward_operator = torch.library.custom_op(
+    "overtone::token_kl_backward",
+    _token_kl_backward,
+    mutates_args=(),
+    schema="(Tensor grad_kl, Tensor logits, Tensor labels, Tensor? reference_logits, Tensor coefficients, "
+    "float? n_sigma, float lam, bool check) -> Tensor",
+)
+
+
+@_token_kl_operator.register_fake
 def _(logits, labels, reference_logits, n_sigma, lam, check, ignore_index):  # type: ignore[no-untyped-def]
     rows, dtype = logits.shape[0], working_dtype(logits)
     return logits.new_empty(rows, dtype=dtype), logits.new_empty(4, rows, dtype=dtype)
 
 
-@_token_kl_backward.register_fake
-def _(grad_kl, logits, labels, reference_logits, coefficients, n_sigma, lam, check, ignore_index):  # type: ignore[no-untyped-def]
+@_token_kl_backward_operator.register_fake
+def _(grad_kl, logits, labels, reference_logits, coefficients, n_sigma, lam, check):  # type: ignore[no-untyped-def]
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    logits, labels, reference_logits, *ctx.settings = inputs
-    coefficients = output[1]
-    ctx.mark_non_differentiable(coefficients)
-    ctx.save_for_backward(logits, labels, reference_logits, coefficients)
-
-
-def _propagate(ctx, grad_kl, _):  # type: ignore[no-untyped-def]
-    logits, labels, reference_logits, coefficients = ctx.saved_tensors
-    gradient = _token_kl_backward(grad_kl, logits, labels, reference_logits, coefficients, *ctx.settings)
-    return gradient, None, None, None, None, None, None
-
-
-_token_kl.register_autograd(_propagate, setup_context=_save)

@@ -81,7 +81,7 @@ def linear_overtone_loss(
         labels=token_labels[rows],
         row_weight=row_weight / max(1, len(rows)) if reduction == "mean" else row_weight,
         reference=None if reference_logits is None else reference_logits.detach().reshape(-1, len(weight))[rows],
-        settings=TargetSettings(n_sigma, lam, check),
+        settings=TargetSettings(n_sigma, float(lam), check),
         epsilon=float(epsilon),
         chunk_size=chunk_size or max(1, CHUNK_ELEMENTS // len(weight)),
     )
@@ -185,7 +185,7 @@ def _chunked(
         if not any(wanted):
             continue
         grad_kl = torch.where(kl[chunk] < problem.epsilon, 0, row_weights[chunk])
-        row_gradient(grad_kl, logits, labels, reference, coefficients, problem.settings, ignore_index=-1, out=logits)
+        row_gradient(grad_kl, logits, labels, reference, coefficients, problem.settings, out=logits)
         if gradients.hidden is not None:
             torch.mm(logits, weight, out=gradients.hidden[chunk])
         if gradients.weight is not None:

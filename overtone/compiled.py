@@ -1,0 +1,57 @@
+"""Row functions fused by torch.compile where that pays, and as they stand where it does not or cannot be had."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+COMPILE_FROM = 2**17
+"""Logits of a call from which on it is worth the seconds that the first such call compiles for."""
+
+
+BLOCK_ELEMENTS = 2**19
+"""How many logits to work through at a time uncompiled, in the cache and without much memory for what is in between."""
+
+
+class Fused:
+    """Functions over the rows of a tensor that torch.compile turns into one pass each, at the first large call.
+
+    Without a compiler (no C++ or Triton tool chain, or ``TORCH_COMPILE_DISABLE=1``) they run as they stand.
+    """
+
+    def __init__(self, *functions: Callable[..., Any]) -> None:
+        # Dynamic shapes: neither another number of tokens nor another vocabulary compiles anew.
+        self._compiled = {function: torch.compile(function, dynamic=True) for function in functions}
+
+    def is_worthwhile(self, logits: Tensor) -> bool:
+        """Whether a call with that many logits runs compiled."""
+        return bool(self._compiled) and logits.numel() >= COMPILE_FROM
+
+    def rows_at_once(self, logits: Tensor) -> int:
+        """How many rows ``(N, V)`` to work through in one call, without needing much memory for what is in between."""
+        if not self.is_worthwhile(logits):
+            elements = BLOCK_ELEMENTS
+        elif logits.device.type == "cpu":
+            elements = 2**22
+        else:
+            elements = 2**26
+        return max(1, elements // logits.shape[1])
+
+    def call(self, function: Callable[..., Any], logits: Tensor, *arguments: Any) -> Any:
+        """Call one of the functions, compiled if the call that it is a part of, with these logits, is large."""
+        if not self.is_worthwhile(logits):
+            return function(*arguments)
+        try:
+            return self._compiled[function](*arguments)
+        except Exception as error:
+            # A mistake in the arguments raises again here; what is left is a compiler that does not work.
+            result = function(*arguments)
+            self._compiled.clear()
+            logger.warning("torch.compile does not work here, so the loss runs without it, slower: %s", error)
+            return result

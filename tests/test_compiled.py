@@ -1,0 +1,123 @@
+"""The row functions as torch.compile fuses them: the same numbers, one compilation, and life without a compiler."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+
+from overtone import closed_form, compiled, linear_overtone_loss, overtone_loss, rows
+from overtone.functional import reference_loss
+
+SETTINGS = [
+    {},
+    {"n_sigma": None},
+    {"check": False, "lam": 0.5},
+    {"lam": 1.0, "epsilon": 0.0},
+    {"lam": 0.0, "n_sigma": 1.0},
+]
+
+
+def draw_tokens(count, vocabulary, dtype):
+    """Logits with every third row well predicted and one token banned, and labels with one ignored."""
+    generator = torch.Generator().manual_seed(count)
+    logits = torch.randn(count, vocabulary, generator=generator) * 3
+    labels = torch.randint(1, vocabulary, (count,), generator=generator)
+    logits[range(0, count, 3), labels[::3]] += 12
+    logits[:, 0] = -torch.inf
+    labels[1] = -100
+    return logits.to(dtype), labels
+
+
+def value_and_gradient(loss, logits, labels, **arguments):
+    leaf = logits.detach().clone().requires_grad_()
+    value = loss(leaf, labels, **arguments)
+    value.sum().backward()
+    return value.detach(), leaf.grad
+
+
+@pytest.fixture
+def always_compiled(monkeypatch):
+    """Every call compiles, however small; the compiler starts anew."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "COMPILE_FROM", 0)
+    monkeypatch.setattr(rows, "_fused", compiled.Fused(closed_form.kl_of_rows, closed_form.write_gradient_of_rows))
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+class TestFused:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_equals_the_reference_and_compiles_once(self, dtype, always_compiled):
+        """Any shape and setting gives the reference's numbers, and nothing but another precision compiles anew."""
+        logits, labels = draw_tokens(9, 700, dtype)
+        value_and_gradient(overtone_loss, logits, labels)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for count, vocabulary in ((9, 700), (17, 333)):
+                logits, labels = draw_tokens(count, vocabulary, dtype)
+                for settings in SETTINGS:
+                    value, gradient = value_and_gradient(overtone_loss, logits, labels, **settings)
+                    expected, expected_gradient = value_and_gradient(
+                        reference_loss, logits.double(), labels, **settings
+                    )
+                    # A few roundings of float32, and for the gradient one of the logits' own precision.
+                    torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=2e-6)
+                    epsilon = torch.finfo(dtype).eps
+                    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2 * epsilon, atol=4e-7)
+
+    def test_inside_linear(self, always_compiled):
+        """`linear_overtone_loss` overwrites its chunks' logits with their gradient in the compiled function, too."""
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(20, 8), torch.randn(300, 8)
+        labels = torch.randint(300, (20,))
+        results = []
+        for loss in (
+            lambda h, w: linear_overtone_loss(h, w, labels, chunk_size=6),
+            lambda h, w: reference_loss(h @ w.t(), labels),
+        ):
+            leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            value = loss(*leaves)
+            value.backward()
+            results.append((value.detach(), *(leaf.grad for leaf in leaves)))
+        for result, expected in zip(*results, strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+    def test_inside_a_compiled_step(self, always_compiled):
+        """A user's own compiled step holds the loss as whole nodes, in which the fused functions run."""
+        logits, labels = draw_tokens(12, 200, torch.float32)
+        step = torch.compile(overtone_loss, fullgraph=True)
+        expected = value_and_gradient(reference_loss, logits, labels)
+        for result, wanted in zip(value_and_gradient(step, logits, labels), expected, strict=True):
+            torch.testing.assert_close(result, wanted, rtol=2e-6, atol=4e-7)
+
+
+class TestWithoutCompiler:
+    def test_runs_and_says_so_once(self, always_compiled, monkeypatch, caplog):
+        """A compiler that fails leaves a warning and the functions as they stand."""
+
+        def broken(*arguments):
+            raise RuntimeError("no compiler in sight")
+
+        monkeypatch.setattr(rows._fused, "_compiled", dict.fromkeys(rows._fused._compiled, broken))
+        logits, labels = draw_tokens(9, 70, torch.float32)
+        with caplog.at_level(logging.WARNING):
+            result = value_and_gradient(overtone_loss, logits, labels)
+            value_and_gradient(overtone_loss, logits, labels)
+        expected = value_and_gradient(reference_loss, logits, labels)
+        for found, wanted in zip(result, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=2e-6, atol=4e-7)
+        assert [record.message for record in caplog.records if "no compiler in sight" in record.message] == [
+            "torch.compile does not work here, so the loss runs without it, slower: no compiler in sight"
+        ]
+
+    def test_small_calls_never_compile(self, monkeypatch):
+        """A call below the size from which compiling pays does not even reach the compiler."""
+
+        def forbidden(*arguments):
+            raise AssertionError("compiled")
+
+        monkeypatch.setattr(rows._fused, "_compiled", dict.fromkeys(rows._fused._compiled, forbidden))
+        logits, labels = draw_tokens(9, 70, torch.float32)
+        value_and_gradient(overtone_loss, logits, labels)
+        assert rows._fused._compiled
