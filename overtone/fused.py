@@ -75,6 +75,7 @@ def overtone_loss(
     _refuse_forward_mode(logits)
     token_logits, token_labels, reference = flatten_tokens(logits, labels, reference_logits)
     settings = TargetSettings(None if n_sigma is None else float(n_sigma), float(lam), check)
+    loss: Tensor
     loss, kl = _OverTone.apply(  # type: ignore[no-untyped-call]
         token_logits, token_labels, reference, settings, float(epsilon), ignore_index, reduction
     )
@@ -122,7 +123,7 @@ class _OverTone(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, reference_logits, coefficients, row_weight = ctx.saved_tensors
         token_kl_backward = _token_kl_backward_operator if torch.compiler.is_compiling() else _OnceDifferentiable.apply
-        gradient = token_kl_backward(
+        gradient = token_kl_backward(  # type: ignore[no-untyped-call]
             grad_loss * row_weight, logits, labels, reference_logits, coefficients, *ctx.settings
         )
         return gradient, None, None, None, None, None, None
