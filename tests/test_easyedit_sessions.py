@@ -149,7 +149,7 @@ class TestOpening:
 
     def test_without_easyedit(self, workplace, monkeypatch, tmp_path):
         """The message says what to set, and what it is set to."""
-        monkeypatch.setattr(process, "find_easyedit", lambda: None)
+        monkeypatch.setattr(process, "find_spec", lambda name: None)
         monkeypatch.setenv("EASYEDIT_ROOT", str(tmp_path))
         with pytest.raises(ValueError, match=f"'easyedit-ft' needs EasyEdit: .*EASYEDIT_ROOT is {tmp_path}"):
             open_easyedit_session(workplace, "easyedit-ft", 0).__enter__()

@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +22,6 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from overtone.easyedit import install, uninstall
-from overtone.easyedit.doctor import find_easyedit
 from overtone.easyedit.installation import import_easyeditor, installed
 from overtone.easyedit.patching import Patches
 
@@ -42,7 +42,7 @@ _STATE: dict[str, dict[str, Callable[[], Any]]] = {
 def missing() -> str | None:
     """Why EasyEdit cannot be used, without importing it; None where it is there."""
     with _on_search_path():
-        if find_easyedit() is not None:
+        if find_spec("easyeditor") is not None:
             return None
     root = os.environ.get(ROOT_VARIABLE)
     found = "is not set" if root is None else f"is {root}, which holds no folder easyeditor"
