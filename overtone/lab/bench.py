@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import platform
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,7 +31,8 @@ from overtone.lab.sessions import open_session, require_method, unsupported
 from overtone.lab.sharding import Shard
 from overtone.lab.world import Edit
 
-logger = logging.getLogger(__name__)
+HELD_OUT_TEXTS = 64
+"""How many of a corpus' held-out texts the perplexity is measured on, at most."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class Bench:
             "optimisers": {
                 name: {"optimizer": "Adam", "steps": method.steps, "lr": method.lr} for name, method in METHODS.items()
             },
+            "held_out_texts": HELD_OUT_TEXTS,
             "models": models,
         }
         results = ResultsFolder(self.out, header, self.shard)
@@ -230,7 +232,7 @@ class Bench:
 
     def _plan(self, data: str, seed: int) -> Iterator[SequenceTask]:
         corpus = self._corpora[data, seed]
-        held_out_texts = tuple(corpus.held_out_texts())
+        held_out_texts = _held_out_texts(corpus, seed)
         known_texts = tuple(corpus.training_texts())
         traced = self.settings.methods[0], self.settings.seeds[0], 1
         for length in self.settings.lengths:
@@ -277,7 +279,7 @@ class Bench:
         path = self._path(data)
         with one_thread():
             knowledge = self.source.knowledge(corpus, seed)
-            before = perplexity(model.workplace.model, model.workplace.tokenizer, corpus.held_out_texts())
+            before = perplexity(model.workplace.model, model.workplace.tokenizer, _held_out_texts(corpus, seed))
         return {
             "data": data,
             "seed": seed,
@@ -300,6 +302,12 @@ def default_workers(settings: BenchSettings) -> int:
     """Processes: two on the CPU, one where a GPU does the work or the ranks of a launcher share it."""
     on_gpu = settings.model is not None and default_device() != "cpu"
     return 1 if on_gpu or not Shard.from_environment().is_alone else min(2, os.cpu_count() or 1)
+
+
+def _held_out_texts(corpus: Corpus, seed: int) -> tuple[str, ...]:
+    """As many as tell a broken model from a sound one; all of them would take longer than most edits."""
+    texts = corpus.held_out_texts()
+    return tuple(random.Random(f"perplexity {seed}").sample(texts, min(len(texts), HELD_OUT_TEXTS)))
 
 
 def _machine() -> str:
