@@ -10,10 +10,14 @@ from types import MappingProxyType
 
 import mini_lab
 import pytest
+import torch
 
 from overtone import cli
 from overtone.lab import bench
 from overtone.lab.bench import Bench, BenchSettings
+from overtone.lab.corpora import CORPORA
+from overtone.lab.easyedit_session import ALGORITHMS
+from overtone.lab.editors import METHODS
 from overtone.lab.experiment import NotRestoredError, Workplace
 from overtone.lab.losses import LOSSES, parse_loss
 from overtone.lab.outcomes import read_results
@@ -284,8 +288,28 @@ class TestResume:
     def test_refuses_other_versions(self, model, corpora, tmp_path, monkeypatch):
         finish(settings(model), tmp_path)
         monkeypatch.setattr(bench, "version", lambda name: "0")
-        with pytest.raises(ValueError, match="another versions: choose another folder"):
+        with pytest.raises(
+            ValueError, match=r"another version of overtone, version of peft, .*: choose another folder"
+        ):
             finish(settings(model), tmp_path)
+
+    @pytest.mark.parametrize("line", ['{"format": "something else"}', "[]", '{"a": 1}\n{"b": 2}'])
+    def test_refuses_a_file_of_something_else_and_keeps_it(self, model, corpora, tmp_path, line):
+        (tmp_path / RESULTS).write_text(f"{line}\n")
+        with pytest.raises(ValueError, match=r"results.jsonl is not a .* file"):
+            finish(settings(model), tmp_path)
+        assert (tmp_path / RESULTS).read_text() == f"{line}\n"
+
+    def test_a_larger_grid_keeps_what_the_first_line_said(self, model, corpora, tmp_path, monkeypatch):
+        """Of the other seed's model, and of EasyEdit, which the second run does without."""
+        versions = Bench._versions
+        with monkeypatch.context() as patch:
+            patch.setattr(Bench, "_versions", lambda run: {**versions(run), "easyedit": "abc"})
+            finish(settings(model, losses=("overtone",), seeds=(1,)), tmp_path)
+        finish(settings(model, losses=("overtone",)), tmp_path)
+        header, _ = read_results(tmp_path / RESULTS)
+        assert [described["seed"] for described in header["models"]] == [0, 1]
+        assert header["versions"]["easyedit"] == "abc"
 
     def test_refuses_other_edits(self, model, corpora, tmp_path, monkeypatch):
         finish(settings(model), tmp_path)
@@ -400,6 +424,39 @@ class TestCommand:
         assert len(made) == 1 + 3 + 2 * 3, "one edit of the sequence under way, the other sequence, the single edits"
         assert stored(tmp_path) == stored(in_one_go)
         assert not (tmp_path / CHECKPOINTS).exists()
+
+
+class TestNamedModel:
+    def test_pads_with_the_end_of_a_sequence_where_there_is_no_pad_token(self, corpora, tmp_path):
+        words = mini_lab.tokenizer()
+        words.pad_token = None
+        mini_lab.random_model().bfloat16().save_pretrained(tmp_path)
+        words.save_pretrained(tmp_path)
+        workplace = Workplace.load(tmp_path)
+        assert workplace.tokenizer.pad_token == "<eos>"
+        assert workplace.model.dtype == torch.float32
+        run, results = finish(settings(str(tmp_path), edits=1, lengths=(1,)), tmp_path / "out")
+        assert {outcome.error for outcome in run.finish(results)} == {None}
+
+    def test_refuses_a_tokenizer_that_cannot_pad(self, corpora, tmp_path):
+        words = mini_lab.tokenizer()
+        words.pad_token = words.eos_token = None
+        mini_lab.random_model().save_pretrained(tmp_path)
+        words.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="has neither a pad token nor an end-of-sequence token"):
+            Workplace.load(tmp_path)
+
+
+class TestHelp:
+    def test_names_are_those_of_the_registries(self, capsys, monkeypatch):
+        """The help spells names out so that it needs no import; they must be the real ones."""
+        monkeypatch.setenv("COLUMNS", "300")
+        with pytest.raises(SystemExit):
+            cli.main(["bench", "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        for names in (CORPORA, METHODS, ALGORITHMS):
+            assert ", ".join(names) in text
+        assert all(f"{name}:" in text for name in PRESETS)
 
 
 class TestMistakes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import io
 import json
 
@@ -16,7 +17,7 @@ from scipy import stats
 from overtone.lab import experiment
 from overtone.lab.experiment import Task, Workplace, fingerprint, perform_all, plan
 from overtone.lab.metrics import Scores
-from overtone.lab.records import EditRecord, RecordFile, write_atomically
+from overtone.lab.records import EditRecord, RecordFile, read_records, write_atomically
 from overtone.lab.report import table
 from overtone.lab.summary import estimate, summarise
 from overtone.lab.traces import EditTrace
@@ -158,6 +159,19 @@ class TestRecordFile:
         first.append(record(0, trace=TRACE))
         first.append(record(1))
         assert RecordFile(path, EditRecord, RUN).records == [record(0, trace=TRACE), record(1)]
+
+    def test_reads_what_gzip_has_compressed(self, tmp_path):
+        path = tmp_path / "records.jsonl"
+        RecordFile(path, EditRecord, RUN).append(record(0, trace=TRACE))
+        with gzip.open(f"{path}.gz", "wb") as file:
+            file.write(path.read_bytes())
+        assert read_records(tmp_path / "records.jsonl.gz", EditRecord) == (RUN, [record(0, trace=TRACE)])
+
+    def test_values_that_may_differ_are_those_of_the_latest_run(self, tmp_path):
+        path = tmp_path / "records.jsonl"
+        RecordFile(path, EditRecord, RUN).append(record(0))
+        RecordFile(path, EditRecord, RUN | {"seed": 1}, may_differ=["seed"])
+        assert read_records(path, EditRecord) == (RUN | {"seed": 1}, [record(0)])
 
     def test_a_record_is_on_disk_when_append_returns(self, tmp_path):
         path = tmp_path / "records.jsonl"

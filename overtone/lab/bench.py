@@ -27,7 +27,7 @@ from overtone.lab.perplexity import perplexity
 from overtone.lab.registry import look_up
 from overtone.lab.results_folder import CHECKPOINTS, ResultsFolder
 from overtone.lab.sequences import SequenceTask, checkpoint_path
-from overtone.lab.sessions import open_session, require_method, unsupported
+from overtone.lab.sessions import easyedit_version, open_session, require_method, unsupported
 from overtone.lab.sharding import Shard
 from overtone.lab.world import Edit
 
@@ -133,10 +133,7 @@ class Bench:
         header = {
             "format": FORMAT,
             "command": list(command),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("overtone", "torch", "transformers", "peft")},
-            },
+            "versions": self._versions(),
             "machine": _machine(),
             "settings": asdict(self.settings),
             "optimisers": {
@@ -171,7 +168,7 @@ class Bench:
                 checkpoint_path(results.checkpoints, outcomes[0].sequence_key).unlink(missing_ok=True)
                 yield outcomes
 
-    def wait_for_others(self, results: ResultsFolder, *, every: float = 1.0) -> Iterator[int]:
+    def wait_for_others(self, results: ResultsFolder, *, every: float = 5.0) -> Iterator[int]:
         """Until all ranks are done, how many edits of the grid are, once in a while.
 
         Args:
@@ -267,6 +264,13 @@ class Bench:
 
     def _size(self, data: str) -> int | None:
         return None if data in WORLDS else self.settings.size
+
+    def _versions(self) -> dict[str, str]:
+        versions = {"python": platform.python_version()}
+        versions |= {name: version(name) for name in ("overtone", "torch", "transformers", "peft")}
+        if not set(self.settings.methods) <= METHODS.keys():
+            versions["easyedit"] = easyedit_version()
+        return versions
 
     # ---- what is edited
 

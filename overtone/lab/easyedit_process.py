@@ -22,6 +22,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from overtone.easyedit import install, uninstall
+from overtone.easyedit.doctor import find_easyedit
 from overtone.easyedit.installation import import_easyeditor, installed
 from overtone.easyedit.patching import Patches
 
@@ -50,6 +51,13 @@ def missing() -> str | None:
         f"easyeditor cannot be imported and {ROOT_VARIABLE} {found}: set it to a checkout of "
         "https://github.com/zjunlp/EasyEdit"
     )
+
+
+def version() -> str:
+    """The commit and date of the checkout; "-" where EasyEdit is not there."""
+    with _on_search_path():
+        found = find_easyedit()
+    return "-" if found is None else found[1]
 
 
 def import_quietly() -> None:

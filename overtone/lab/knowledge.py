@@ -67,6 +67,7 @@ def share_recalled(
         chunk = rows[start : start + batch]
         width = len(chunk[-1][1])
         ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for _, row in chunk])
+        ids = ids.to(model.device)
         logits = model(ids, attention_mask=(ids != tokenizer.pad_token_id).long()).logits
         hits = logits[:, :-1].argmax(-1) == ids[:, 1:]
         recalled += sum(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator
@@ -117,7 +118,9 @@ class RecordFile(Generic[AnyRecord]):
 
 
 def read_records(path: Path, kind: type[AnyRecord]) -> tuple[dict[str, Any] | None, list[AnyRecord]]:
-    """The first line of a record file, None where there is no whole one, and its records.
+    """The first line of a record file, also of one that gzip has compressed, and its records.
+
+    Where there is no whole first line it is None.
 
     A torn last line is what was being written when the run was killed: it counts as not done.
 
@@ -164,5 +167,6 @@ def _refusing_other_files(path: Path) -> Iterator[None]:
 
 def _lines(path: Path) -> Iterator[str]:
     if path.exists():
-        with path.open(encoding="utf-8") as file:
+        # Long results are kept compressed.
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             yield from file

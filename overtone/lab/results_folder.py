@@ -7,18 +7,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from overtone.lab.outcomes import EditOutcome, SequenceKey, whole_sequences
+from overtone.lab.outcomes import FORMAT, EditOutcome, SequenceKey, whole_sequences
 from overtone.lab.records import RecordFile, read_records
 from overtone.lab.sharding import Shard
 
 RESULTS, PARTS, CHECKPOINTS = "results.jsonl", "results.rank*.jsonl", "checkpoints"
 """What stands in the folder beside the report."""
 
-_MAY_DIFFER = ("command", "settings", "machine", "models")
-"""The values of the first line on which no outcome depends, or of which a part is compared."""
-
 _OF_MODEL = ("fingerprint", "file", "size")
-"""What must agree of the model of one corpus and seed."""
+"""What is compared of the models of one corpus and seed."""
 
 
 class ResultsFolder:
@@ -76,7 +73,7 @@ class ResultsFolder:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _open(self, path: Path, sequences: dict[SequenceKey, list[EditOutcome]]) -> RecordFile[EditOutcome]:
-        file = RecordFile(path, EditOutcome, self._header, may_differ=_MAY_DIFFER)
+        file = RecordFile(path, EditOutcome, self._header, may_differ=self._header)
         file.rewrite(outcome for outcomes in sequences.values() for outcome in outcomes)
         return file
 
@@ -90,22 +87,39 @@ class ResultsFolder:
         return whole_sequences(outcomes)
 
     def _adopt(self, path: Path, header: dict[str, Any]) -> None:
-        """Take over the models of an earlier header, or refuse it."""
-        different = {key for key in header | self._header if header.get(key) != self._header.get(key)}
-        different -= set(_MAY_DIFFER)
-        earlier, now = (
-            {(model["data"], model["seed"]): model for model in one["models"]} for one in (header, self._header)
-        )
-        for data, seed in earlier.keys() & now:
-            one, other = earlier[data, seed], now[data, seed]
-            different |= {f"{key} of {data} with seed {seed}" for key in _OF_MODEL if one.get(key) != other.get(key)}
+        """Take over what an earlier header says of models and versions that this run does not have, or refuse it."""
+        if header.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a results file of this version of overtone: choose another folder")
+        earlier, now = _dependencies(header), _dependencies(self._header)
+        different = sorted(key for key in earlier.keys() & now if earlier[key] != now[key])
         if different:
             raise ValueError(
-                f"{path} holds the edits of a run with another {', '.join(sorted(different))}: "
+                f"{path} holds the edits of a run with another {', '.join(different)}: "
                 "choose another folder, or remove this file"
             )
-        self._header = {**self._header, "models": list({**now, **earlier, **now}.values())}
+        earlier_models, models = (
+            {(model["data"], model["seed"]): model for model in one["models"]} for one in (header, self._header)
+        )
+        self._header = {
+            **self._header,
+            "versions": {**header["versions"], **self._header["versions"]},
+            "models": list({**models, **earlier_models, **models}.values()),
+        }
 
     def _remove_parts(self) -> None:
         for part in self.folder.glob(PARTS):
             part.unlink(missing_ok=True)
+
+
+def _dependencies(header: dict[str, Any]) -> dict[str, Any]:
+    """What outcomes depend on, by a name; a run may have more methods, corpora and seeds than the one before."""
+    return {
+        "number of held-out texts": header["held_out_texts"],
+        **{f"version of {name}": number for name, number in header["versions"].items()},
+        **{f"optimiser of {name}": settings for name, settings in header["optimisers"].items()},
+        **{
+            f"{key} of {model['data']} with seed {model['seed']}": model[key]
+            for model in header["models"]
+            for key in _OF_MODEL
+        },
+    }

@@ -102,6 +102,12 @@ def require_method(name: str) -> None:
             raise ValueError(f"method {name!r} needs EasyEdit: {missing}")
 
 
+def easyedit_version() -> str:
+    """The commit of the EasyEdit at hand."""
+    version: str = _easyedit().process.version()
+    return version
+
+
 def unsupported(method: str, loss: NamedLoss) -> str | None:
     """Why a method cannot minimise a loss, or None."""
     return None if method in METHODS else _easyedit().unsupported(method, loss)
