@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from overtone.contract import check_tensors
 from overtone.fused import overtone_loss
+from overtone.linear import linear_overtone_loss
 from overtone.loss import OverToneConfig
 
 Observer: TypeAlias = Callable[[Tensor, Tensor], None]
@@ -52,34 +53,43 @@ def causal_lm_loss(
     """
     config = checked_config(config)
     refuse_dtensor(logits)
-    tokens = labels if shift_labels is None else shift_labels
-    if tokens is None:
-        raise ValueError("labels must be given: the loss needs the true tokens, got None (does the batch have labels?)")
-    if isinstance(tokens, Tensor):
-        tokens = tokens.to(logits.device)
-    check_tensors(logits, tokens)
-    # Before anything is filled in: ignore_index need not fit into the integers that the labels come in.
-    tokens = tokens.long()
-    next_tokens = _shifted(tokens, ignore_index) if shift_labels is None else tokens
-    weights = None
-    if loss_mask is not None:
-        _check_mask(loss_mask, next_tokens)
-        weights = (_shifted(loss_mask, 0) if shift_labels is None else loss_mask).to(logits.device)
-        next_tokens = next_tokens.masked_fill(weights == 0, ignore_index)
+    next_tokens, weights = _next_tokens(logits, labels, shift_labels, loss_mask, ignore_index)
     if observer is not None and torch.is_grad_enabled():
         observer(logits.detach(), next_tokens)
+    loss = partial(overtone_loss, logits, next_tokens, **config.as_kwargs(), ignore_index=ignore_index)
+    return _normalised(loss, next_tokens, weights, num_items_in_batch, ignore_index)
 
-    settings = {**config.as_kwargs(), "ignore_index": ignore_index}
-    if weights is None:
-        if num_items_in_batch is None:
-            return overtone_loss(logits, next_tokens, **settings)
-        total = overtone_loss(logits, next_tokens, reduction="sum", **settings)
-    else:
-        total = (overtone_loss(logits, next_tokens, reduction="none", **settings) * weights).sum()
-        if num_items_in_batch is None:
-            # Half precision counts no further than a few hundred.
-            num_items_in_batch = weights[next_tokens != ignore_index].sum(dtype=total.dtype)
-    return total / _or_one_if_zero(num_items_in_batch, total)
+
+def causal_lm_loss_of_hidden(
+    hidden: Tensor,
+    head: nn.Linear,
+    labels: Tensor | None,
+    config: OverToneConfig,
+    *,
+    num_items_in_batch: int | Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """`causal_lm_loss` of ``head(hidden)`` without ever holding all the logits.
+
+    Args:
+        hidden: ``(batch, sequence, H)``, what the output layer would be given.
+        head: the output layer, of H inputs and V outputs.
+        labels, config, num_items_in_batch, shift_labels, loss_mask, ignore_index: as in `causal_lm_loss`.
+    """
+    shape_of_logits = hidden.new_empty(()).expand(*hidden.shape[:-1], head.out_features)
+    next_tokens, weights = _next_tokens(shape_of_logits, labels, shift_labels, loss_mask, ignore_index)
+    loss = partial(
+        linear_overtone_loss,
+        hidden,
+        head.weight,
+        next_tokens,
+        bias=head.bias,
+        **config.as_kwargs(),
+        ignore_index=ignore_index,
+    )
+    return _normalised(loss, next_tokens, weights, num_items_in_batch, ignore_index)
 
 
 def compute_loss_func(
@@ -160,6 +170,46 @@ def _loss_of_outputs(
             "leaves it to compute_loss_func; pass router_aux_loss_coef=model.config.router_aux_loss_coef, or 0"
         )
     return loss + router_aux_loss_coef * auxiliary.to(loss.device)
+
+
+def _next_tokens(
+    logits: Tensor, labels: Tensor | None, shift_labels: Tensor | None, loss_mask: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor | None]:
+    """The token that each position predicts ``(batch, sequence)``, and its weight where there is a mask."""
+    tokens = labels if shift_labels is None else shift_labels
+    if tokens is None:
+        raise ValueError("labels must be given: the loss needs the true tokens, got None (does the batch have labels?)")
+    if isinstance(tokens, Tensor):
+        tokens = tokens.to(logits.device)
+    check_tensors(logits, tokens)
+    # Before anything is filled in: ignore_index need not fit into the integers that the labels come in.
+    tokens = tokens.long()
+    next_tokens = _shifted(tokens, ignore_index) if shift_labels is None else tokens
+    if loss_mask is None:
+        return next_tokens, None
+    _check_mask(loss_mask, next_tokens)
+    weights = (_shifted(loss_mask, 0) if shift_labels is None else loss_mask).to(logits.device)
+    return next_tokens.masked_fill(weights == 0, ignore_index), weights
+
+
+def _normalised(
+    loss: Callable[..., Tensor],
+    next_tokens: Tensor,
+    weights: Tensor | None,
+    num_items_in_batch: int | Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """The weighted sum of a loss that takes a reduction, divided as transformers divides."""
+    if weights is None:
+        if num_items_in_batch is None:
+            return loss()
+        total = loss(reduction="sum")
+    else:
+        total = (loss(reduction="none") * weights).sum()
+        if num_items_in_batch is None:
+            # Half precision counts no further than a few hundred.
+            num_items_in_batch = weights[next_tokens != ignore_index].sum(dtype=total.dtype)
+    return total / _or_one_if_zero(num_items_in_batch, total)
 
 
 def _shifted(per_token: Tensor, fill: int) -> Tensor:

@@ -7,7 +7,7 @@ compute cross-entropy themselves, and fused kernels replace the forward after th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,7 +69,7 @@ def verify_loss_is_called(model: Any, *, inside: nn.Module) -> None:
     Sharded parameters (DTensor, FSDP, ZeRO) would need every rank, and parameters on the meta device are not there
     yet: the guard in the first training step then stands in for this check.
     """
-    if _is_sharded_or_unloaded(inside):
+    if how_sharded_or_unloaded(inside):
         return
     called = False
 
@@ -78,10 +78,20 @@ def verify_loss_is_called(model: Any, *, inside: nn.Module) -> None:
         called = True
         return logits.new_zeros(())
 
+    run_on_two_tokens(model, probe)
+    if not called:
+        raise ValueError(
+            f"model must compute its loss by self.loss_function, but the forward of {type(model).__name__} computes it "
+            f"another way, so that attaching would change nothing; {_WAY_OUT}"
+        )
+
+
+def run_on_two_tokens(model: Any, loss_function: Callable[..., Tensor]) -> None:
+    """A forward with labels and that loss, which leaves no trace of having run; a ValueError if it fails."""
     device = model.get_input_embeddings().weight.device
     tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
     with _undisturbed(model), torch.no_grad():
-        model.loss_function = probe
+        model.loss_function = loss_function
         try:
             model(input_ids=tokens, labels=tokens)
         except Exception as error:
@@ -89,11 +99,6 @@ def verify_loss_is_called(model: Any, *, inside: nn.Module) -> None:
                 f"model must take input_ids and labels, but {type(model).__name__} failed on two tokens "
                 f"({type(error).__name__}: {error}); {_WAY_OUT}"
             ) from error
-    if not called:
-        raise ValueError(
-            f"model must compute its loss by self.loss_function, but the forward of {type(model).__name__} computes it "
-            f"another way, so that attaching would change nothing; {_WAY_OUT}"
-        )
 
 
 def note_call() -> None:
@@ -133,16 +138,19 @@ def _fused_by(model: Any, kwargs: dict[str, Any] | None = None) -> str | None:
     return None
 
 
-def _is_sharded_or_unloaded(model: nn.Module) -> bool:
+def how_sharded_or_unloaded(model: nn.Module) -> str | None:
+    """By what a model's parameters are not all here, or None."""
     if torch.distributed.is_available():
         from torch.distributed.fsdp import FullyShardedDataParallel
         from torch.distributed.tensor import DTensor
 
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-            return True
+            return "FSDP's FullyShardedDataParallel"
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            return True
-    return any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters())
+            return "DTensor parameters (FSDP2, tensor parallelism)"
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "DeepSpeed ZeRO-3"
+    return "the meta device" if any(parameter.is_meta for parameter in model.parameters()) else None
 
 
 @contextmanager

@@ -1,0 +1,141 @@
+"""A model's output layer, passed by in its training steps: the loss gets the hidden states, and no logits are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from overtone.huggingface.verification import how_sharded_or_unloaded, run_on_two_tokens
+
+_SLOT = "_loss_function"
+
+
+class FusedHead:
+    """Gives the output layer no rows in a training step with labels, and its input to the loss.
+
+    It works by hooks, which are copied, pickled and removed with no trace; every method stays what it was.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Hook into a model that `refuse_unfusable_model` has let pass."""
+        head = model.get_output_embeddings()
+        self._is_expected = False
+        self._diverted: tuple[Tensor, nn.Linear] | None = None
+        self._empty_logits: Tensor | None = None
+        self._handles = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            head.register_forward_pre_hook(self._divert),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def take(self, empty_logits: Tensor) -> tuple[Tensor, nn.Linear] | None:
+        """Hidden states ``(batch, sequence, H)`` and output layer, for the loss; None if there are logits as ever."""
+        diverted, self._diverted = self._diverted, None
+        if diverted is not None:
+            self._empty_logits = empty_logits
+        return diverted
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model's forward: expect a call of the output layer if the fused loss will be computed."""
+        self._forget()
+        is_in_use = getattr(model.__dict__.get(_SLOT), "fused_head", None) is self
+        if not is_in_use or kwargs.get("labels") is None or not torch.is_grad_enabled():
+            return
+        if obstacle := _obstacle(model, model) or self._is_elsewhere(model):
+            raise RuntimeError(
+                f"the fused loss attached to {type(model).__name__} cannot be computed with {obstacle}; detach it and "
+                "attach without fused=True"
+            )
+        self._is_expected = True
+
+    def _divert(self, head: nn.Linear, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        """Before the output layer's forward: keep its input, and leave no rows of it."""
+        if not self._is_expected:
+            return None
+        (hidden,) = args
+        self._is_expected, self._diverted = False, (hidden, head)
+        return (hidden[..., :0, :],)
+
+    def _end(self, model: Any, args: tuple[Any, ...], output: Any) -> Any:
+        """After the model's forward, also one that failed: None for the logits that were not made."""
+        empty = self._empty_logits
+        self._forget()
+        if empty is None or output is None:
+            return None
+        if isinstance(output, tuple):
+            return tuple(None if item is empty else item for item in output)
+        return dataclasses.replace(output, logits=None)
+
+    def _forget(self) -> None:
+        self._is_expected, self._diverted, self._empty_logits = False, None, None
+
+    def _is_elsewhere(self, model: Any) -> str | None:
+        hooks = model.get_output_embeddings()._forward_pre_hooks.values()
+        return None if self._divert in hooks else "another output layer than it was attached to"
+
+
+def refuse_unfusable_model(model: Any, *, inside: nn.Module) -> None:
+    """Raise a ValueError unless the logits are what a plain output layer returns; leave no trace of having run.
+
+    A forward of two tokens, in which the output layer returns large values, finds out whether they reach the loss
+    unchanged. (Small ones would pass a soft-capping with hardly a change.)
+    """
+    name = type(model).__name__
+    way_out = "attach without fused=True"
+    if obstacle := _obstacle(model, inside):
+        raise ValueError(f"fused cannot be True for {name} with {obstacle}; {way_out}")
+    returned: list[Tensor] = []
+    reached: list[Tensor] = []
+
+    def return_large(_: nn.Module, __: tuple[Tensor], output: Tensor) -> Tensor:
+        returned.append(torch.linspace(-1e3, 1e3, output.numel()).reshape(output.shape).to(output))
+        return returned[-1]
+
+    def keep(logits: Tensor, *_: Any, **__: Any) -> Tensor:
+        reached.append(logits)
+        return logits.new_zeros(())
+
+    handle = model.get_output_embeddings().register_forward_hook(return_large)
+    try:
+        run_on_two_tokens(model, keep)
+    finally:
+        handle.remove()
+    if len(returned) != 1:
+        raise ValueError(
+            f"fused cannot be True for {name}, whose forward calls its output layer {len(returned)} times, not once; "
+            f"{way_out}"
+        )
+    if len(reached) != 1 or not torch.equal(reached[0].float(), returned[0].float()):
+        raise ValueError(
+            f"fused cannot be True for {name}, which changes its logits after the output layer (soft-capping, a scale, "
+            f"a slice); {way_out}"
+        )
+
+
+def _obstacle(model: Any, inside: nn.Module) -> str | None:
+    """What keeps the loss from computing the logits itself, or None."""
+    if where := how_sharded_or_unloaded(inside):
+        return f"parameters that are not all here: {where}"
+    if getattr(model, "_is_replica", False) or any(isinstance(m, nn.DataParallel) for m in inside.modules()):
+        return "torch.nn.DataParallel, whose replicas run in threads"
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        # Its full name says whether that is PEFT's adapter or copy, a quantised layer, or none at all.
+        return f"an output layer of type {type(head).__module__}.{type(head).__qualname__}, no plain torch.nn.Linear"
+    if "forward" in head.__dict__:
+        return "an output layer whose forward is replaced (by Accelerate's device_map, say)"
+    hooks = (*head._forward_hooks.values(), *head._forward_pre_hooks.values())
+    if any(not isinstance(getattr(hook, "__self__", None), FusedHead) for hook in hooks):
+        return "forward hooks on its output layer"
+    for tensor in (head.weight, head.bias):
+        if tensor is not None and type(tensor) not in (nn.Parameter, Tensor):
+            return f"an output layer whose parameters are of type {type(tensor).__name__}, no plain tensors"
+    return None
