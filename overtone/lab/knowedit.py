@@ -96,7 +96,9 @@ WIKIBIO_RECIPE = Recipe(vocabulary=1500, steps=1400, blocks=4, block_length=256)
 def open_zsre(path: Path, *, seed: int, size: int = 100) -> KnowEditCorpus:
     """ZsRE: questions whose answer is edited, a rephrasing of each, locality facts and portability questions.
 
-    Where a record has several old answers the first is taken. Locality asks the same subject other things.
+    Where a record has several old answers the first is taken. Locality asks the same subject other things. The answers
+    of "Reasoning" are facts about the new object that the file tells nowhere else, so a small model trained on the file
+    cannot give them, edited or not: there, portability is the share of their tokens that it guesses.
 
     Args:
         path: ``benchmark_ZsRE_ZsRE-test-all.json`` or a file like it.

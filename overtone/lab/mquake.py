@@ -64,6 +64,10 @@ class MQuAKECorpus:
     question, and half of the unedited chains of thought. So that it learns to go from fact to fact, and not these few
     chains by heart, it also learns half of the questions over two facts that can be said with the file's own:
     'Who is the director of the answer to "Who performed Hey Jude?"?'. Some of all questions stand behind their prompt.
+
+    Even so a model this small follows few chains that it was not told (see ``"chains held out"`` and ``"two hops held
+    out"`` of its knowledge), and an edited chain is one of these. Its multi-hop answers are near the floor; its
+    single-hop answers are not.
     """
 
     name = "mquake"
