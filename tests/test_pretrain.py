@@ -268,6 +268,7 @@ class TestKnowledge:
                 said[:, wrong - 1] += 1
                 return SimpleNamespace(logits=F.one_hot(said, 1000))
 
+            model.device = torch.device("cpu")
             return measure_knowledge(model, trained.tokenizer, FewFacts([probe], [])).shares["facts"]
 
         shares = [share_recalled(wrong=position) for position in range(1, length)]

@@ -98,6 +98,8 @@ class TestAsk:
 class TestSampling:
     def test_temperature_draws_from_the_whole_vocabulary(self):
         model, tokenizer = mini_lab.random_model(), mini_lab.tokenizer()
+        # As chat models' own settings do.
+        model.generation_config.top_k, model.generation_config.top_p = 2, 0.5
         prompts = ["the head of acme is", "zed likes"]
 
         def sampled(temperature, seed):
@@ -131,7 +133,8 @@ class TestFinalAnswer:
         [
             ("It is bryne.", ["Bryne"], True),
             ("Washington, D.C.", ["D.C."], True),
-            ("Russia", ["US"], False),
+            ("usage", ["US"], False),
+            ("Cyprus", ["US"], False),
             ("the U.S. of A", ["x", "U.S."], True),
             ("Bryne", [], False),
         ],
