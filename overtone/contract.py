@@ -16,16 +16,24 @@ INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 
 def check_hyperparameters(
-    epsilon: float, n_sigma: float | None, lam: float, check: bool, hold_settled: bool | float
+    epsilon: float,
+    n_sigma: float | None,
+    lam: float,
+    check: bool,
+    hold_settled: bool | float,
+    hold_correct: bool,
 ) -> None:
     """Raise a ValueError or TypeError that names the argument, its value and what was expected."""
     _check_number("epsilon", epsilon, "a finite number of nats, 0 or above", lambda value: value >= 0)
     if n_sigma is not None:
         _check_number("n_sigma", n_sigma, "a finite number above 0, or None for no filter", lambda value: value > 0)
     _check_number("lam", lam, "a number in [0, 1]", lambda value: 0 <= value <= 1)
-    if not isinstance(check, bool):
-        raise TypeError(f"check must be True or False, got {check!r} of type {type(check).__name__}")
+    for name, value in (("check", check), ("hold_correct", hold_correct)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
     check_hold(hold_settled)
+    if hold_correct and hold_settled is False:
+        raise ValueError("hold_correct=True needs a hold to wait with: pass hold_settled=True or a mean KL in nats")
 
 
 def check_hold(hold_settled: bool | float) -> None:

@@ -65,7 +65,7 @@ def token_states(
     token_logits, token_labels, reference = flatten_tokens(logits, labels, reference_logits)
     check_labels(token_labels, token_logits.shape[-1], ignore_index)
     counted = token_labels != ignore_index
-    settings = {**config.as_kwargs(), "epsilon": 0.0, "hold_settled": False}
+    settings = {**config.as_kwargs(), "epsilon": 0.0, "hold_settled": False, "hold_correct": False}
     kl = overtone_loss(
         token_logits,
         token_labels,

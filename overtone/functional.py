@@ -20,7 +20,7 @@ from overtone.contract import (
     reduce_tokens,
     working_dtype,
 )
-from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
+from overtone.hold import Hold, is_first_choice, refuse_hold_when_distributed, release_when_held
 
 __all__ = [
     "build_target",
@@ -145,12 +145,13 @@ def reference_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     hold_settled: Hold = False,
+    hold_correct: bool = False,
 ) -> Tensor:
     """The OverTone loss by its definition, for readers and for tests; arguments as in `overtone.overtone_loss`.
 
     float64 is its yardstick: in float32 a KL near 0 may round to a little below it.
     """
-    check_hyperparameters(epsilon, n_sigma, lam, check, hold_settled)
+    check_hyperparameters(epsilon, n_sigma, lam, check, hold_settled, hold_correct)
     check_reduction(reduction, ignore_index)
     check_tensors(logits, labels, reference_logits)
     refuse_hold_when_distributed(hold_settled)
@@ -166,5 +167,6 @@ def reference_loss(
         kl = clipped_kl(target, s, epsilon=0)
 
     token_loss = s.new_zeros(token_labels.shape).masked_scatter(counted, clipped_kl(target, s, epsilon))
-    token_loss = release_when_held(token_loss, kl, epsilon, hold_settled)
+    correct = is_first_choice(s, y) if hold_correct else None
+    token_loss = release_when_held(token_loss, kl, epsilon, hold_settled, correct)
     return reduce_tokens(token_loss, counted, reduction).reshape(labels.shape if reduction == "none" else ())

@@ -17,7 +17,7 @@ from overtone.contract import (
     reduce_tokens,
     working_dtype,
 )
-from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
+from overtone.hold import Hold, is_first_choice, refuse_hold_when_distributed, release_when_held
 from overtone.rows import TargetSettings, row_gradient, row_kl
 
 __all__ = ["overtone_loss"]
@@ -35,6 +35,7 @@ def overtone_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     hold_settled: Hold = False,
+    hold_correct: bool = False,
 ) -> Tensor:
     """The OverTone loss: ``max(KL(target || softmax(logits)), epsilon)`` a token (Eq. 2, Eq. 3, Algorithm 1).
 
@@ -58,6 +59,8 @@ def overtone_loss(
             so that an optimiser skips its step (with ``epsilon=0`` nothing ever settles). A number: the same when the
             mean KL is at or below it. A call without counted tokens is held by either. `torch.amp.GradScaler` raises
             in a step without gradients, so use it with float32 or bfloat16, not with float16 autocast.
+        hold_correct: beyond the paper. True: a hold also waits until every counted token is the model's first choice. A
+            token can be settled while another one is still a little more probable, and a mean hides single tokens.
 
     Returns:
         A scalar, or ``(...)`` for reduction "none"; float64 for float64 logits, else float32.
@@ -68,7 +71,7 @@ def overtone_loss(
         TypeError: for an argument of the wrong type.
         NotImplementedError: under forward-mode differentiation; the loss has first derivatives in reverse mode.
     """
-    check_hyperparameters(epsilon, n_sigma, lam, check, hold_settled)
+    check_hyperparameters(epsilon, n_sigma, lam, check, hold_settled, hold_correct)
     check_reduction(reduction, ignore_index)
     check_tensors(logits, labels, reference_logits)
     refuse_hold_when_distributed(hold_settled)
@@ -80,7 +83,9 @@ def overtone_loss(
         token_logits, token_labels, reference, settings, float(epsilon), ignore_index, reduction
     )
     if hold_settled is not False:
-        loss = release_when_held(loss, kl[token_labels != ignore_index], epsilon, hold_settled)
+        counted = token_labels != ignore_index
+        correct = is_first_choice(token_logits, token_labels)[counted] if hold_correct else None
+        loss = release_when_held(loss, kl[counted], epsilon, hold_settled, correct)
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
 

@@ -26,18 +26,26 @@ def refuse_hold_when_distributed(hold_settled: Hold) -> None:
         )
 
 
-def release_when_held(token_loss: Tensor, token_kl: Tensor, epsilon: float, hold_settled: Hold) -> Tensor:
+def is_first_choice(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether each label ``(N,)`` is the most probable token of its logits ``(N, V)``: what greedy decoding says."""
+    return logits.detach().argmax(dim=-1) == labels
+
+
+def release_when_held(
+    token_loss: Tensor, token_kl: Tensor, epsilon: float, hold_settled: Hold, correct: Tensor | None = None
+) -> Tensor:
     """The token losses, cut off from the model if the call is held.
 
     Args:
-        token_loss: ``(N,)``, with its graph.
+        token_loss: of any shape, with its graph.
         token_kl: ``(M,)``, the unclipped KL of the label tokens alone, in nats.
         epsilon: a token is settled below it.
         hold_settled: True holds when every label token is settled; a number holds when their mean KL is at or below
             it. A call without label tokens needs nothing, so it is held by either.
+        correct: ``(M,)``, whether each label token is the model's first choice; given, a hold waits for all of them.
 
     Returns:
-        ``(N,)``: token_loss itself, or the same values with a graph of their own, which ends at once.
+        token_loss itself, or the same values with a graph of their own, which ends at once.
     """
     if hold_settled is False or not token_loss.requires_grad:
         return token_loss
@@ -47,4 +55,6 @@ def release_when_held(token_loss: Tensor, token_kl: Tensor, epsilon: float, hold
         held = bool((token_kl < epsilon).all())
     else:
         held = bool(token_kl.mean() <= hold_settled)
+    if held and correct is not None:
+        held = bool(correct.all())
     return token_loss.detach().requires_grad_().clone() if held else token_loss

@@ -16,7 +16,7 @@ from overtone.contract import (
     reduce_tokens,
     working_dtype,
 )
-from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
+from overtone.hold import Hold, is_first_choice, refuse_hold_when_distributed, release_when_held
 from overtone.rows import TargetSettings, row_gradient, row_kl
 
 __all__ = ["linear_overtone_loss"]
@@ -40,6 +40,7 @@ def linear_overtone_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     hold_settled: Hold = False,
+    hold_correct: bool = False,
 ) -> Tensor:
     """`overtone_loss(F.linear(hidden, weight, bias), labels, ...)` without ever holding all the logits.
 
@@ -55,7 +56,7 @@ def linear_overtone_loss(
         labels: ``(...)``, token ids in ``[0, V)``, or ignore_index.
         bias: ``(V,)`` or None.
         chunk_size: rows whose logits are held at once; None for as many as make 2**24 logits.
-        epsilon, n_sigma, lam, check, ignore_index, reduction, hold_settled: as in `overtone_loss`.
+        epsilon, n_sigma, lam, check, ignore_index, reduction, hold_settled, hold_correct: as in `overtone_loss`.
         reference_logits: ``(..., V)``, the unedited model's logits, as in `overtone_loss`.
 
     Returns:
@@ -64,7 +65,7 @@ def linear_overtone_loss(
     Raises:
         ValueError, TypeError: as `overtone_loss`, and for a weight, bias or chunk_size that does not fit.
     """
-    check_hyperparameters(epsilon, n_sigma, lam, check, hold_settled)
+    check_hyperparameters(epsilon, n_sigma, lam, check, hold_settled, hold_correct)
     check_reduction(reduction, ignore_index)
     _check_types(hidden, weight, bias)
     hidden, weight, bias = _in_autocast_dtype(hidden, weight, bias)
@@ -84,13 +85,14 @@ def linear_overtone_loss(
         settings=TargetSettings(n_sigma, float(lam), check),
         epsilon=float(epsilon),
         chunk_size=chunk_size or max(1, CHUNK_ELEMENTS // len(weight)),
+        correct=torch.empty_like(rows, dtype=torch.bool) if hold_correct else None,
     )
     kl: Tensor = _LinearKl.apply(  # type: ignore[no-untyped-call]
         hidden.reshape(-1, hidden.shape[-1])[rows], weight, bias, problem, torch.is_grad_enabled()
     )
     token_loss = kl.new_zeros(token_labels.shape).index_copy(0, rows, torch.where(kl < epsilon, epsilon, kl))
     if hold_settled is not False:
-        token_loss = release_when_held(token_loss, kl.detach(), epsilon, hold_settled)
+        token_loss = release_when_held(token_loss, kl.detach(), epsilon, hold_settled, problem.correct)
     return reduce_tokens(token_loss, counted, reduction).reshape(labels.shape if reduction == "none" else ())
 
 
@@ -131,7 +133,8 @@ def _check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size
 class _Problem(NamedTuple):
     """What is constant for differentiation: the counted rows' labels ``(M,)``, and how to work through them.
 
-    row_weight is the scalar that each row's gradient is multiplied by in the forward pass, as the reduction will.
+    row_weight is the scalar that each row's gradient is multiplied by in the forward pass, as the reduction will;
+    correct, where it is wanted, is filled in: whether each label is the model's first choice.
     """
 
     labels: Tensor
@@ -140,6 +143,7 @@ class _Problem(NamedTuple):
     settings: TargetSettings
     epsilon: float
     chunk_size: int
+    correct: Tensor | None
 
 
 class _Gradients(NamedTuple):
@@ -181,6 +185,8 @@ def _chunked(
             torch.addmm(bias, hidden[chunk], weight.t(), out=logits)
         labels = problem.labels[chunk]
         reference = None if problem.reference is None else problem.reference[chunk]
+        if problem.correct is not None:
+            problem.correct[chunk] = is_first_choice(logits, labels)
         kl[chunk], coefficients = row_kl(logits, labels, reference, problem.settings, ignore_index=-1)
         if not any(wanted):
             continue

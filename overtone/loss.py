@@ -27,10 +27,11 @@ class OverToneConfig:
     lam: float = 0.1
     check: bool = True
     hold_settled: Hold = False
+    hold_correct: bool = False
 
     def __post_init__(self) -> None:
         """Validate."""
-        check_hyperparameters(self.epsilon, self.n_sigma, self.lam, self.check, self.hold_settled)
+        check_hyperparameters(**asdict(self))
 
     @classmethod
     def preset(cls, method: str, **changes: Any) -> OverToneConfig:

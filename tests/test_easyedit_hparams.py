@@ -45,6 +45,12 @@ class TestHold:
         loss = choose({"name": "overtone", "epsilon": 50, "hold_settled": True}, "lora").loss
         assert loss(LOGITS, LABELS)[1] is True
 
+    def test_correct(self):
+        """A hold that waits for correct tokens holds when greedy decoding says them, not before."""
+        loss = choose({"name": "overtone", "hold_settled": 100.0, "hold_correct": True}, "lora").loss
+        assert loss(LOGITS, LABELS)[1] is False
+        assert loss(LOGITS, LOGITS.argmax(dim=-1))[1] is True
+
     def test_cross_entropy_at_a_mean(self):
         loss = choose({"name": "cross_entropy", "hold_settled": 100}, "lora").loss
         values, held = loss(LOGITS, LABELS)

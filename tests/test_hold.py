@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from overtone import OverToneLoss, overtone_loss
+from overtone import OverToneLoss, linear_overtone_loss, overtone_loss
 from overtone.functional import reference_loss
 
 OPTIMISERS = {
@@ -209,3 +209,42 @@ class TestDistributed:
         for _ in range(2):
             criterion(model(torch.ones(2, 4)), torch.tensor([0, 1])).backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class TestHoldCorrect:
+    """A hold that waits until greedy decoding says the labels."""
+
+    LOGITS = torch.tensor([[2.0, 2.1, -9.0], [6.0, -9.0, -9.0]])
+    """Both rows are close to the label 0; in the first another token is a little ahead."""
+
+    @pytest.mark.parametrize("hold_settled", [True, 5.0])
+    @pytest.mark.parametrize("variant", ["overtone", "reference", "linear"])
+    def test_waits_for_every_token(self, variant, hold_settled):
+        """A step in which each hold would hold goes on while one label is second; without the option it is held."""
+        for winner, is_free in ((2.1, True), (1.9, False)):
+            logits = self.LOGITS.clone()
+            logits[0, 1] = winner
+            for hold_correct in (True, False):
+                settings = {"epsilon": 5.0, "hold_settled": hold_settled, "hold_correct": hold_correct}
+                leaf = logits.clone().requires_grad_()
+                labels = torch.tensor([0, 0])
+                if variant == "linear":
+                    loss = linear_overtone_loss(leaf, torch.eye(3), labels, chunk_size=1, **settings)
+                else:
+                    loss = {"overtone": overtone_loss, "reference": reference_loss}[variant](leaf, labels, **settings)
+                loss.backward()
+                assert (leaf.grad is not None) == (is_free and hold_correct)
+
+    def test_ignored_tokens_are_not_waited_for(self):
+        """What is no label need not be right."""
+        leaf = self.LOGITS.clone().requires_grad_()
+        overtone_loss(leaf, torch.tensor([-100, 0]), epsilon=5.0, hold_settled=True, hold_correct=True).backward()
+        assert leaf.grad is None
+
+    @pytest.mark.parametrize("loss", [overtone_loss, reference_loss])
+    def test_needs_a_hold(self, loss):
+        """Alone it would do nothing."""
+        with pytest.raises(ValueError, match="hold_correct=True needs a hold"):
+            loss(self.LOGITS, torch.tensor([0, 0]), hold_correct=True)
+        with pytest.raises(TypeError, match="hold_correct must be True or False, got 1"):
+            loss(self.LOGITS, torch.tensor([0, 0]), hold_correct=1)

@@ -261,10 +261,12 @@ class TestTokenStatesCallback:
         trainer.train()
         assert trainer.state.global_step == 3
 
-    @pytest.mark.parametrize(("hold_settled", "epsilon"), [(True, 1e-6), (1e-6, 50.0)])
-    def test_does_not_stop_while_there_is_something_to_learn(self, hold_settled, epsilon, tmp_path):
-        """One token that is not settled is enough, or a mean KL above the number."""
-        config = OverToneConfig(epsilon=epsilon, hold_settled=hold_settled)
+    @pytest.mark.parametrize(
+        ("hold_settled", "epsilon", "hold_correct"), [(True, 1e-6, False), (1e-6, 50.0, False), (100.0, 50.0, True)]
+    )
+    def test_does_not_stop_while_there_is_something_to_learn(self, hold_settled, epsilon, hold_correct, tmp_path):
+        """One token that is not settled is enough, a mean KL above the number, or a token that is not said yet."""
+        config = OverToneConfig(epsilon=epsilon, hold_settled=hold_settled, hold_correct=hold_correct)
         model = tiny_models.build()
         callback = TokenStatesCallback(config, stop_after_held=1)
         compute = compute_loss_func(config, observer=callback.observe)

@@ -88,7 +88,7 @@ class TestModule:
     def test_repr(self):
         """A log line of the module says everything about it."""
         assert repr(OverToneLoss()) == (
-            "OverToneLoss(epsilon=0.05, n_sigma=0.5, lam=0.1, check=True, hold_settled=False, "
+            "OverToneLoss(epsilon=0.05, n_sigma=0.5, lam=0.1, check=True, hold_settled=False, hold_correct=False, "
             "ignore_index=-100, reduction='mean')"
         )
 

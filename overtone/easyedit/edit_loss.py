@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
+from overtone.hold import Hold, is_first_choice, refuse_hold_when_distributed, release_when_held
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (N, V), labels (N,)) -> loss (N,)``, labels without ignored positions."""
@@ -27,6 +27,7 @@ class EditLoss:
         distance: what a hold is decided on, in nats, unclipped; None where the loss cannot be held.
         settled_below: a token is settled below this distance, in nats.
         hold: as `overtone.overtone_loss`'s hold_settled.
+        hold_correct: as there.
     """
 
     description: str
@@ -34,6 +35,7 @@ class EditLoss:
     distance: TokenLoss | None = None
     settled_below: float = 0.0
     hold: Hold = False
+    hold_correct: bool = False
 
     def __call__(self, logits: Tensor, labels: Tensor, *, may_hold: bool = True) -> tuple[Tensor, bool]:
         """Values ``(N,)`` with their graph, and whether this step is held (the values are then to be dropped).
@@ -53,4 +55,5 @@ class EditLoss:
         refuse_hold_when_distributed(self.hold)
         with torch.no_grad():
             distance = self.distance(logits, labels)
-        return values, release_when_held(values, distance, self.settled_below, self.hold) is not values
+            correct = is_first_choice(logits, labels) if self.hold_correct else None
+        return values, release_when_held(values, distance, self.settled_below, self.hold, correct) is not values

@@ -114,7 +114,8 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
     def _needs_gradient(self, states: TokenStates) -> Tensor:
         """Whether a micro-batch would not be held, as the loss decides it, one by one."""
         threshold = self.config.hold_settled
+        is_wrong = (states.counted & ~states.correct).any() & self.config.hold_correct
         if isinstance(threshold, bool):
-            return (states.counted & ~states.settled).any()
+            return (states.counted & ~states.settled).any() | is_wrong
         # The mean over no token is NaN, and not above anything.
-        return states.kl[states.counted].mean() > threshold
+        return (states.kl[states.counted].mean() > threshold) | is_wrong
