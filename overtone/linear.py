@@ -21,7 +21,7 @@ from overtone.rows import TargetSettings, row_gradient, row_kl
 
 __all__ = ["linear_overtone_loss"]
 
-CHUNK_ELEMENTS = 2**24
+CHUNK_ELEMENTS = 2**25
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -55,7 +55,7 @@ def linear_overtone_loss(
             the embedding is fine.
         labels: ``(...)``, token ids in ``[0, V)``, or ignore_index.
         bias: ``(V,)`` or None.
-        chunk_size: rows whose logits are held at once; None for as many as make 2**24 logits.
+        chunk_size: rows whose logits are held at once; None for as many as make 2**25 logits.
         epsilon, n_sigma, lam, check, ignore_index, reduction, hold_settled, hold_correct: as in `overtone_loss`.
         reference_logits: ``(..., V)``, the unedited model's logits, as in `overtone_loss`.
 
