@@ -164,15 +164,16 @@ def _chunked(
 ) -> tuple[Tensor, _Gradients]:
     """KL of each row, and the wanted gradients of ``sum(row_weights * clipped KL)``, a scalar or ``(M,)``.
 
-    The gradients of weight and bias, which are sums over chunks, are in working precision.
+    The gradients of weight and bias are in working precision where they are sums over chunks.
     """
     rows, vocabulary = len(hidden), len(weight)
     dtype = working_dtype(hidden)
     kl = hidden.new_empty(rows, dtype=dtype)
+    sums_dtype = dtype if rows > problem.chunk_size else hidden.dtype
     gradients = _Gradients(
         torch.empty_like(hidden) if wanted[0] else None,
-        torch.zeros_like(weight, dtype=dtype) if wanted[1] else None,
-        torch.zeros_like(weight[:, 0], dtype=dtype) if wanted[2] else None,
+        torch.zeros_like(weight, dtype=sums_dtype) if wanted[1] else None,
+        torch.zeros_like(weight[:, 0], dtype=sums_dtype) if wanted[2] else None,
     )
     row_weights = row_weights.expand(rows)
     buffer = hidden.new_empty(min(problem.chunk_size, rows), vocabulary)
@@ -197,7 +198,7 @@ def _chunked(
         if gradients.weight is not None:
             _add_product(gradients.weight, logits, hidden[chunk])
         if gradients.bias is not None:
-            gradients.bias.add_(logits.sum(dim=0, dtype=dtype))
+            gradients.bias.add_(logits.sum(dim=0, dtype=gradients.bias.dtype))
     return kl, gradients
 
 
