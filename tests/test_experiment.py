@@ -6,6 +6,9 @@ import dataclasses
 import gzip
 import io
 import json
+import signal
+import subprocess
+import sys
 
 import mini_lab
 import numpy as np
@@ -130,6 +133,28 @@ class TestPerformAll:
         monkeypatch.setattr(experiment.torch, "set_num_threads", lambda count: None)
         with pytest.raises(RuntimeError, match="is not the one that the run began with"):
             experiment._start_worker(path, fingerprint(mini_lab.random_model(seed=1)))
+
+    def test_workers_end_with_a_parent_that_was_killed(self, tmp_path):
+        """A worker would keep the pipe open for ten minutes; it closes when its parent is gone."""
+        script = tmp_path / "parent.py"
+        script.write_text(
+            "import multiprocessing, os, signal, time\n"
+            "from types import SimpleNamespace\n"
+            "from overtone.lab import experiment\n"
+            "def work(started):\n"
+            "    experiment.Workplace.load = lambda source: SimpleNamespace(fingerprint='same')\n"
+            "    experiment._start_worker('', 'same')\n"
+            "    started.set()\n"
+            "    time.sleep(600)\n"
+            "if __name__ == '__main__':\n"
+            "    context = multiprocessing.get_context('spawn')\n"
+            "    started = context.Event()\n"
+            "    context.Process(target=work, args=(started,)).start()\n"
+            "    started.wait()\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        killed = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, timeout=120, check=False)
+        assert killed.returncode == -signal.SIGKILL
 
     def test_no_tasks_need_no_workers(self, saved_model):
         path, workplace = saved_model

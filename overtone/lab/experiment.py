@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -225,12 +227,25 @@ def _start_worker(source: str | Path, expected_fingerprint: str) -> None:
 
     # Ctrl-C reaches every process of the terminal; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     torch.set_num_threads(1)
     global _workplace
     disable_progress_bar()
     _workplace = Workplace.load(source)
     if _workplace.fingerprint != expected_fingerprint:
         raise RuntimeError(f"the model in {source} is not the one that the run began with")
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it has gone: killed, it can tell its workers nothing."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _perform(task: Performable[Result]) -> Result:
