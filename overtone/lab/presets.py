@@ -13,15 +13,19 @@ from overtone.lab.registry import look_up
 
 _STOPPED = tuple(parse_loss(f"early_stopping:stop_below={threshold}").name for threshold in EARLY_STOPPING_THRESHOLDS)
 
+_BEYOND_THE_PAPER = tuple(
+    parse_loss(f"overtone:lam=0.5+hold_settled={mean_kl}+hold_correct=true").name for mean_kl in (0.1, 0.2)
+)
+
 PRESETS: Mapping[str, BenchSettings] = {
     "quick": BenchSettings(fit_lengths=True),
     "paper-small": BenchSettings(
         data=("short", "long", "soft"),
         seeds=(0, 1, 2),
         methods=tuple(METHODS),
-        losses=tuple(dict.fromkeys((*LOSSES, *_STOPPED, "overtone:hold_settled=0.1", *ABLATIONS))),
+        losses=tuple(dict.fromkeys((*LOSSES, *_STOPPED, *_BEYOND_THE_PAPER, *ABLATIONS))),
         lengths=(1, 10, 100),
-        edits=30,
+        edits=20,
         fit_lengths=True,
     ),
 }
