@@ -1,122 +1,199 @@
-"""Time and memory of the loss against F.cross_entropy, forward and backward, on the same logits.
+"""What the loss costs: on logits, on hidden states, and in whole edits.
 
-    python examples/benchmark.py
-    python examples/benchmark.py --sizes 8x128256 512x128256 --dtypes float32 bfloat16 --csv benchmark.csv
+    python examples/benchmark.py --csv benchmark.csv
 
-Times are medians of rounds in which every loss runs once after the other, and ratios are medians of each round's ratio,
-so that what else the machine does falls on all of them. Peak memory is what the process held at most beyond the logits,
-in units of one gradient buffer, each measured in a process of its own (Linux).
+Times are of one forward and backward, medians of rounds in which every contender runs once after the other; ratios are
+medians of each round's ratio to the first contender. A round before them warms up and compiles. Memory is the most that
+is held beyond the inputs: of logits in units of their gradient ("-" where too few to be seen from outside the process),
+of hidden states beyond the gradients as a share of the logits. EasyEdit is found by the variable EASYEDIT_ROOT.
 """
 
-from __future__ import annotations
-
 import argparse
+import contextlib
 import csv
+import ctypes
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from itertools import product
+from operator import truediv
 from pathlib import Path
+from resource import getpagesize
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 import overtone
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+Loss = Callable[..., Tensor]
+Row = dict[str, str]
+SIZES = ["8x32000", "8x128256", "2048x32000", "512x128256"]
+SECONDS_A_CASE = 12  # after which a case makes no further rounds
+MMAP_THRESHOLD = -3  # mallopt's name for the size from which on freed memory goes back to the system at once
+LOGITS_LOSSES: dict[str, Loss] = {
     "F.cross_entropy": F.cross_entropy,
     "overtone_loss": overtone.overtone_loss,
     "literal reference": overtone.functional.reference_loss,
 }
-BASELINE = "F.cross_entropy"
 
 
-def make_tokens(size: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Random logits (N, V) and labels (N,), every second one well predicted."""
-    rows, vocabulary = (int(number) for number in size.split("x"))
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(rows, vocabulary, generator=generator).mul_(2)
-    labels = torch.randint(vocabulary, (rows,), generator=generator)
-    logits[torch.arange(0, rows, 2), labels[::2]] += 16
-    return logits.to(dtype).requires_grad_(), labels
+def hidden_losses() -> dict[str, Loss]:
+    """Cross-entropy of hidden states (N, H), weight (V, H) and labels (N,) by every library that is here; ours last."""
+    losses: dict[str, Loss] = {"F.linear, F.cross_entropy": lambda h, w, y: F.cross_entropy(F.linear(h, w), y)}
+    if hasattr(F, "linear_cross_entropy"):
+        chunked = torch.nn.LinearCrossEntropyOptions()
+        losses["F.linear_cross_entropy"] = lambda h, w, y: F.linear_cross_entropy(h, w, y, options=chunked)
+    with contextlib.suppress(ImportError):
+        liger = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+        losses["Liger"] = lambda h, w, y: liger(w, h, y)
+    with contextlib.suppress(ImportError):
+        losses["cut-cross-entropy"] = import_module("cut_cross_entropy").linear_cross_entropy
+    with contextlib.suppress(ImportError, AttributeError):
+        log_probs = import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction.apply
+        chunk = import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
+        losses["TRL's fused head"] = lambda h, w, y: -log_probs(h, w, None, y, 1.0, chunk, None, 1.0, ())[0].mean()
+    return {**losses, "linear_overtone_loss": overtone.linear_overtone_loss}
 
 
-def step(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> float:
+def run(loss: Loss, inputs: list[Tensor]) -> float:
     """Milliseconds of one forward and backward."""
-    logits.grad = None
-    start = time.perf_counter()
-    loss(logits, labels).backward()
-    return (time.perf_counter() - start) * 1e3
+    inputs[0].grad = inputs[1].grad = None
+    if inputs[0].is_cuda:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        loss(*inputs).backward()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end))
+    before = time.perf_counter()
+    loss(*inputs).backward()
+    return (time.perf_counter() - before) * 1e3
 
 
-def resident_mib(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process in MiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{field}:")[1].split()[0]) / 1024
+def peak_bytes(loss: Loss, inputs: list[Tensor]) -> float:
+    """Held at most beyond the inputs in one forward and backward, on CUDA or Linux."""
+    inputs[0].grad = inputs[1].grad = None
+    if inputs[0].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run(loss, inputs)
+        return torch.cuda.max_memory_allocated() - held
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**16)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is held now
+    held = int(Path("/proc/self/statm").read_text().split()[1]) * getpagesize()
+    run(loss, inputs)
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**25)
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 - held
 
 
-def peak_buffers(name: str, size: str, dtype: torch.dtype) -> float:
-    """Peak memory beyond the logits, in gradient buffers. Runs in a process of its own."""
-    logits, labels = make_tokens(size, dtype)
-    warm_logits, warm_labels = make_tokens("2x1000", dtype)
-    step(LOSSES[name], warm_logits, warm_labels)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident_mib("VmRSS")
-    step(LOSSES[name], logits, labels)
-    return (resident_mib("VmHWM") - before) * 2**20 / (logits.numel() * logits.element_size())
+def measure(case: str, losses: dict[str, Loss], inputs: list[Tensor], rounds: int) -> Iterator[tuple[Row, float]]:
+    """A row for each loss, and its peak bytes."""
+    times: dict[str, list[float]] = {name: [] for name in losses}
+    failures: dict[str, str] = {}
+    end = time.perf_counter() + SECONDS_A_CASE
+    while len(baseline := next(iter(times.values()))) < 2 or (len(baseline) <= rounds and time.perf_counter() < end):
+        for name in [name for name in losses if name not in failures]:
+            try:
+                times[name].append(run(losses[name], inputs))
+            except Exception as error:  # whatever another library's kernel raises on a device that it is not made for
+                failures[name] = "needs a GPU" if "active driver" in str(error) else type(error).__name__
+    for name, loss in losses.items():
+        row = {"case": case, "contender": name, "ms": failures.get(name, "-"), "ratio": "-"}
+        if name not in failures:
+            row["ms"] = f"{statistics.median(times[name][1:]):.4g}"
+            row["ratio"] = f"{statistics.median(map(truediv, times[name][1:], baseline[1:])):.2f}"
+        yield row, float("nan") if name in failures else peak_bytes(loss, inputs)
 
 
-def measure(size: str, dtype: torch.dtype, rounds: int) -> list[dict[str, object]]:
-    """One row a loss: median milliseconds, ratio to cross-entropy, peak memory."""
-    logits, labels = make_tokens(size, dtype)
-    times: dict[str, list[float]] = {name: [] for name in LOSSES}
-    for _ in range(rounds + 1):
-        for name, loss in LOSSES.items():
-            times[name].append(step(loss, logits, labels))
-    rows: list[dict[str, object]] = []
-    for name in LOSSES:
-        own, base = times[name][1:], times[BASELINE][1:]
-        peak = "-"
-        if sys.platform == "linux":
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                peak = f"{pool.submit(peak_buffers, name, size, dtype).result():.2f}"
-        rows.append(
-            {
-                "size": size,
-                "dtype": str(dtype).removeprefix("torch."),
-                "loss": name,
-                "ms": f"{statistics.median(own):.2f}",
-                "times cross-entropy": f"{statistics.median(a / b for a, b in zip(own, base, strict=True)):.2f}",
-                "peak gradient buffers": peak,
-            }
-        )
-    return rows
+def logits_table(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Random logits, every second row's label well predicted."""
+    for size, dtype in product(arguments.sizes, arguments.dtypes):
+        rows, vocabulary = map(int, size.split("x"))
+        generator = torch.Generator().manual_seed(0)
+        random, labels = torch.randn(rows, vocabulary, generator=generator) * 2, torch.arange(rows) * 7 % vocabulary
+        random[torch.arange(0, rows, 2), labels[::2]] += 16
+        logits = random.to(arguments.device, getattr(torch, dtype)).requires_grad_()
+        inputs = [logits, labels.to(logits.device)]
+        for row, peak in measure(f"{size} {dtype}", LOGITS_LOSSES, inputs, arguments.rounds):
+            is_seen = logits.is_cuda or logits.nbytes > 2**24
+            yield {**row, "memory": f"{peak / logits.nbytes:.2f}" if is_seen else "-"}
+
+
+def hidden_table(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Random hidden states and an output layer, frozen or trained."""
+    for size, dtype, is_trained in product(arguments.hidden_sizes, arguments.dtypes, (False, True)):
+        rows, vocabulary, width = map(int, size.split("x"))
+        generator, where = torch.Generator().manual_seed(0), (arguments.device, getattr(torch, dtype))
+        hidden = torch.randn(rows, width, generator=generator).to(*where).requires_grad_()
+        weight = (torch.randn(vocabulary, width, generator=generator) * width**-0.5).to(*where)
+        inputs = [hidden, weight.requires_grad_(is_trained), torch.arange(rows, device=hidden.device) * 7 % vocabulary]
+        gradients = hidden.nbytes + is_trained * weight.nbytes
+        case = f"{size} {dtype}, {'trained' if is_trained else 'frozen'} weight"
+        losses = {name: loss for name, loss in hidden_losses().items() if name in (arguments.only or [name])}
+        for row, peak in measure(case, losses, inputs, arguments.rounds):
+            share = max(0, peak - gradients) / (rows * vocabulary * hidden.element_size())
+            yield {**row, "memory": "-" if row["ratio"] == "-" else f"{share:.1%}"}
+
+
+def edits_table(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Edits of the lab's model on one thread, with the lab's methods and EasyEdit's."""
+    from overtone.lab.experiment import Workplace, one_thread
+    from overtone.lab.losses import LOSSES
+    from overtone.lab.pretrain import load_or_train
+    from overtone.lab.sessions import open_session
+    from overtone.lab.world import build_world
+
+    lab_model = load_or_train(world := build_world(0))
+    workplace, edits = Workplace(lab_model.model, lab_model.tokenizer), world.edits(arguments.edits, seed=0)
+    losses = [LOSSES[name] for name in ("cross_entropy", "overtone", "overtone_held")]
+    for method in ("ft-m", "lora", "easyedit-ft", "easyedit-lora"):
+        try:
+            with open_session(workplace, method, 0):
+                pass
+        except (ImportError, ValueError) as error:
+            Console().print(f"left out: {error}")
+            continue
+        traces: dict[str, list[tuple[float, int]]] = {loss.title: [] for loss in losses}
+        for (index, edit), loss in product(enumerate(edits), losses):
+            with one_thread(), open_session(workplace, method, index) as session:
+                trace = session.apply(edit, loss)
+                traces[loss.title].append((trace.seconds * 1e3, trace.steps))
+        for title, own in traces.items():
+            ratio = statistics.median(a / b for (a, _), (b, _) in zip(own, traces[losses[0].title], strict=True))
+            ms, steps = (f"{statistics.mean(values):.4g}" for values in zip(*own, strict=True))
+            yield {"case": method, "contender": title, "ms": ms, "ratio": f"{ratio:.2f}", "steps": steps}
 
 
 def main() -> None:
+    tables = {"logits": logits_table, "hidden": hidden_table, "edits": edits_table}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["8x32000", "512x32000"], metavar="NxV")
+    parser.add_argument("--tables", nargs="+", default=list(tables), choices=list(tables))
+    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="NxV")
+    parser.add_argument("--hidden-sizes", nargs="+", default=["4096x32000x128"], metavar="NxVxH")
+    parser.add_argument("--only", nargs="+", metavar="CONTENDER", help="of those on hidden states, by name")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--csv", type=Path, help="also write the table here")
+    parser.add_argument("--edits", type=int, default=10)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--csv", type=Path, help="also write every row here")
     arguments = parser.parse_args()
-    grid = [(size, getattr(torch, dtype)) for size in arguments.sizes for dtype in arguments.dtypes]
-    rows = [row for size, dtype in track(grid, "measuring") for row in measure(size, dtype, arguments.rounds)]
-    table = Table(*rows[0], title=f"forward + backward, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console().print(table)
+    written: list[Row] = []
+    for name in arguments.tables:
+        rows = list(tables[name](arguments))
+        table = Table(*rows[0], title=f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+        for row in rows:
+            table.add_row(*row.values())
+        Console().print(table)
+        written += [{"table": name, **row} for row in rows]
     if arguments.csv:
         with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer = csv.DictWriter(file, ["table", "case", "contender", "ms", "ratio", "memory", "steps"])
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(written)
 
 
 if __name__ == "__main__":

@@ -252,6 +252,19 @@ class TestNothingIsLeft:
         handle.detach()
         assert self.state(model) == before
 
+    def test_an_interrupt_in_the_forward_is_forgotten(self, model, batch):
+        """Ctrl-C ends a forward without its hooks; the next one is as ever all the same."""
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with attach(model, fused=True):
+            hook = model.model.norm.register_forward_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(**batch)
+            hook.remove()
+            assert model(input_ids=batch["input_ids"]).logits.shape[1] == batch["input_ids"].shape[1]
+
     @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (2, 0, 1)])
     def test_among_other_attachments(self, model, batch, order):
         """The newest attachment that is left computes the loss, and the last fused one takes the hooks along."""
