@@ -357,11 +357,16 @@ class TestRefusal:
 
     @pytest.mark.parametrize(
         "config",
-        [Gemma2Config(**SIZES, head_dim=8), CohereConfig(**SIZES), GraniteConfig(**SIZES, logits_scaling=8.0)],
-        ids=lambda config: config.model_type,
+        [
+            Gemma2Config(**SIZES, head_dim=8),
+            Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0**14),
+            CohereConfig(**SIZES),
+            GraniteConfig(**SIZES, logits_scaling=8.0),
+        ],
+        ids=["gemma2", "gemma2 with a high cap", "cohere", "granite"],
     )
     def test_logits_that_are_capped_or_scaled(self, config):
-        """By the model's name; its small random logits alone would hardly show it."""
+        """By the model's name; a cap far above its small random logits leaves them as they are, bit for bit."""
         model = AutoModelForCausalLM.from_config(config)
         self.refuse(model, rf"fused cannot be True for {type(model).__name__}, which changes its logits")
         attach(model).detach()
