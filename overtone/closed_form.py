@@ -45,8 +45,9 @@ def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tupl
         settings: of the target.
 
     Returns:
-        kl ``(B,)`` and coefficients ``(4, B)`` in working precision: log of the normaliser, threshold of the filter
-        (logits above it are kept), factor of a kept token's probability in the gradient, gradient of the true token.
+        kl ``(B,)`` and coefficients ``(5, B)`` in working precision: log of the normaliser, threshold of the filter
+        (logits above it are kept), factor of a kept token's probability in the gradient, gradient of the true token,
+        and 1 where the true token is strictly the most probable one, else 0.
     """
     n_sigma, lam, check = settings
     scores = logits.to(lam.dtype)
@@ -88,7 +89,8 @@ def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tupl
     kl = torch.where(is_mixed, mixture_kl, -label_log_prob)
     kept_factor = torch.where(is_mixed, (lam - dropped_share) / kept_share, 1)
     label_gradient = torch.where(is_mixed, mixture_gradient, -rest / total)
-    return kl.clamp(min=0), torch.stack([top + log_total, threshold, kept_factor, label_gradient])
+    is_first_choice = ((label == top) & (runner_up < 1)).to(kl.dtype)
+    return kl.clamp(min=0), torch.stack([top + log_total, threshold, kept_factor, label_gradient, is_first_choice])
 
 
 def write_gradient_of_rows(logits: Tensor, labels: Tensor, coefficients: Tensor, grad_kl: Tensor, out: Tensor) -> None:
@@ -96,12 +98,12 @@ def write_gradient_of_rows(logits: Tensor, labels: Tensor, coefficients: Tensor,
 
     Args:
         logits, labels: as in `kl_of_rows`, which gave the coefficients.
-        coefficients: ``(4, B)``.
+        coefficients: ``(5, B)``.
         grad_kl: ``(B,)``, the gradient of each row's KL.
         out: ``(B, V)``.
     """
     scores, scale = logits.to(coefficients.dtype), grad_kl.unsqueeze(1)
-    log_normaliser, threshold, kept_factor, label_gradient = coefficients.unsqueeze(2)
+    log_normaliser, threshold, kept_factor, label_gradient, _ = coefficients.unsqueeze(2)
     others = (scores - log_normaliser).exp() * torch.where(scores > threshold, kept_factor * scale, scale)
     gradient = torch.where(_is_label(scores, labels), label_gradient * scale, others)
     out.copy_(torch.where(scale == 0, 0, gradient))

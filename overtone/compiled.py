@@ -45,13 +45,13 @@ class Fused:
 
     def call(self, function: Callable[..., Any], logits: Tensor, *arguments: Any) -> Any:
         """Call one of the functions, compiled if the call that it is a part of, with these logits, is large."""
-        if not self.is_worthwhile(logits):
+        compiled = self._compiled.get(function) if self.is_worthwhile(logits) else None
+        if compiled is None:
             return function(*arguments)
         try:
-            return self._compiled[function](*arguments)
-        except Exception as error:
-            # A mistake in the arguments raises again here; what is left is a compiler that does not work.
-            result = function(*arguments)
+            return compiled(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            # Raised while compiling, so before anything was computed.
             self._compiled.clear()
             logger.warning("torch.compile does not work here, so the loss runs without it, slower: %s", error)
-            return result
+            return function(*arguments)

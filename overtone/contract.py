@@ -32,8 +32,6 @@ def check_hyperparameters(
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
     check_hold(hold_settled)
-    if hold_correct and hold_settled is False:
-        raise ValueError("hold_correct=True needs a hold to wait with: pass hold_settled=True or a mean KL in nats")
 
 
 def check_hold(hold_settled: bool | float) -> None:

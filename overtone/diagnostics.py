@@ -65,7 +65,7 @@ def token_states(
     token_logits, token_labels, reference = flatten_tokens(logits, labels, reference_logits)
     check_labels(token_labels, token_logits.shape[-1], ignore_index)
     counted = token_labels != ignore_index
-    settings = {**config.as_kwargs(), "epsilon": 0.0, "hold_settled": False, "hold_correct": False}
+    settings = {**config.as_kwargs(), "epsilon": 0.0, "hold_settled": False}
     kl = overtone_loss(
         token_logits,
         token_labels,
@@ -87,8 +87,10 @@ def token_states(
         passed = ground_truth_check(candidate, truth) if config.check else torch.ones_like(truth, dtype=torch.bool)
         mixed[rows] = passed & ~kl[rows].isnan()
         kept[rows] = (filtered > float("-inf")).sum(dim=1)
-        correct[rows] = scores.argmax(dim=1) == truth
+        correct[rows] = ground_truth_check(scores, truth) & ~kl[rows].isnan()
     settled = counted & (kl < config.epsilon)
+    if config.hold_correct:
+        settled &= correct
     fields = (kl, log_prob, settled, mixed, kept, correct, counted)
     return TokenStates(*(field.reshape(labels.shape) for field in fields))
 

@@ -20,7 +20,7 @@ from overtone.contract import (
     reduce_tokens,
     working_dtype,
 )
-from overtone.hold import Hold, is_first_choice, refuse_hold_when_distributed, release_when_held
+from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
 
 __all__ = [
     "build_target",
@@ -166,7 +166,10 @@ def reference_loss(
         target = build_target(source, y, n_sigma, lam, check)
         kl = clipped_kl(target, s, epsilon=0)
 
-    token_loss = s.new_zeros(token_labels.shape).masked_scatter(counted, clipped_kl(target, s, epsilon))
-    correct = is_first_choice(s, y) if hold_correct else None
+    clipped, correct = clipped_kl(target, s, epsilon), None
+    if hold_correct:
+        correct = ground_truth_check(s.detach(), y)
+        clipped = torch.where(correct, clipped, clipped_kl(target, s, epsilon=0))
+    token_loss = s.new_zeros(token_labels.shape).masked_scatter(counted, clipped)
     token_loss = release_when_held(token_loss, kl, epsilon, hold_settled, correct)
     return reduce_tokens(token_loss, counted, reduction).reshape(labels.shape if reduction == "none" else ())

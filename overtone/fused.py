@@ -17,7 +17,8 @@ from overtone.contract import (
     reduce_tokens,
     working_dtype,
 )
-from overtone.hold import Hold, is_first_choice, refuse_hold_when_distributed, release_when_held
+from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
+from overtone.once import refuse_second_derivative
 from overtone.rows import TargetSettings, row_gradient, row_kl
 
 __all__ = ["overtone_loss"]
@@ -59,8 +60,9 @@ def overtone_loss(
             so that an optimiser skips its step (with ``epsilon=0`` nothing ever settles). A number: the same when the
             mean KL is at or below it. A call without counted tokens is held by either. `torch.amp.GradScaler` raises
             in a step without gradients, so use it with float32 or bfloat16, not with float16 autocast.
-        hold_correct: beyond the paper. True: a hold also waits until every counted token is the model's first choice. A
-            token can be settled while another one is still a little more probable, and a mean hides single tokens.
+        hold_correct: beyond the paper. True: a token is settled, and a call held, only where the label is strictly the
+            model's first choice. Otherwise a token can be let go while another one is still a little more probable, and
+            a mean hides single tokens.
 
     Returns:
         A scalar, or ``(...)`` for reduction "none"; float64 for float64 logits, else float32.
@@ -79,13 +81,13 @@ def overtone_loss(
     token_logits, token_labels, reference = flatten_tokens(logits, labels, reference_logits)
     settings = TargetSettings(None if n_sigma is None else float(n_sigma), float(lam), check)
     loss: Tensor
-    loss, kl = _OverTone.apply(  # type: ignore[no-untyped-call]
-        token_logits, token_labels, reference, settings, float(epsilon), ignore_index, reduction
+    loss, kl, correct = _OverTone.apply(  # type: ignore[no-untyped-call]
+        token_logits, token_labels, reference, settings, float(epsilon), hold_correct, ignore_index, reduction
     )
     if hold_settled is not False:
         counted = token_labels != ignore_index
-        correct = is_first_choice(token_logits, token_labels)[counted] if hold_correct else None
-        loss = release_when_held(loss, kl[counted], epsilon, hold_settled, correct)
+        waits_for = correct[counted] if hold_correct else None
+        loss = release_when_held(loss, kl[counted], epsilon, hold_settled, waits_for)
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
 
@@ -98,7 +100,7 @@ def _refuse_forward_mode(logits: Tensor) -> None:
 
 
 class _OverTone(torch.autograd.Function):
-    """The loss of tokens ``(N, V)`` and their KL ``(N,)``, which counts as a constant."""
+    """The loss of tokens ``(N, V)``; as constants, their KL ``(N,)`` and whether each is the first choice ``(N,)``."""
 
     @staticmethod
     def forward(
@@ -108,42 +110,35 @@ class _OverTone(torch.autograd.Function):
         reference_logits: Tensor | None,
         settings: TargetSettings,
         epsilon: float,
+        hold_correct: bool,
         ignore_index: int,
         reduction: Reduction,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         token_kl = _token_kl_operator if torch.compiler.is_compiling() else _token_kl
         kl, coefficients = token_kl(logits, labels, reference_logits, *settings, ignore_index)
         counted = labels != ignore_index
+        correct = coefficients[4] != 0
         settled = counted & (kl < epsilon)
+        if hold_correct:
+            settled = settled & correct
         row_weight = (counted ^ settled).to(kl.dtype)
         token_loss = kl.masked_fill(settled, epsilon)
         if reduction == "mean":
             row_weight /= counted.sum().clamp(min=1)
         ctx.save_for_backward(logits, labels, reference_logits, coefficients, row_weight)
         ctx.settings = settings
-        ctx.mark_non_differentiable(kl)
-        return reduce_tokens(token_loss, counted, reduction), kl
+        ctx.mark_non_differentiable(kl, correct)
+        return reduce_tokens(token_loss, counted, reduction), kl, correct
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         logits, labels, reference_logits, coefficients, row_weight = ctx.saved_tensors
-        token_kl_backward = _token_kl_backward_operator if torch.compiler.is_compiling() else _OnceDifferentiable.apply
-        gradient = token_kl_backward(  # type: ignore[no-untyped-call]
-            grad_loss * row_weight, logits, labels, reference_logits, coefficients, *ctx.settings
-        )
-        return gradient, None, None, None, None, None, None
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """The gradient, as a function of the logits whose own derivative is refused instead of taken to be zero."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        return _token_kl_backward(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> None:
-        raise RuntimeError("overtone_loss has no second derivative: its target is a constant for differentiation")
+        arguments = grad_loss * row_weight, logits, labels, reference_logits, coefficients, *ctx.settings
+        if torch.compiler.is_compiling():
+            gradient = _token_kl_backward_operator(*arguments)
+        else:
+            gradient = refuse_second_derivative(_token_kl_backward(*arguments), logits)
+        return gradient, None, None, None, None, None, None, None
 
 
 def _token_kl(
@@ -195,7 +190,7 @@ _token_kl_backward_operator = torch.library.custom_op(
 @_token_kl_operator.register_fake
 def _(logits, labels, reference_logits, n_sigma, lam, check, ignore_index):  # type: ignore[no-untyped-def]
     rows, dtype = logits.shape[0], working_dtype(logits)
-    return logits.new_empty(rows, dtype=dtype), logits.new_empty(4, rows, dtype=dtype)
+    return logits.new_empty(rows, dtype=dtype), logits.new_empty(5, rows, dtype=dtype)
 
 
 @_token_kl_backward_operator.register_fake

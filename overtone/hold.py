@@ -26,11 +26,6 @@ def refuse_hold_when_distributed(hold_settled: Hold) -> None:
         )
 
 
-def is_first_choice(logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether each label ``(N,)`` is the most probable token of its logits ``(N, V)``: what greedy decoding says."""
-    return logits.detach().argmax(dim=-1) == labels
-
-
 def release_when_held(
     token_loss: Tensor, token_kl: Tensor, epsilon: float, hold_settled: Hold, correct: Tensor | None = None
 ) -> Tensor:
@@ -42,7 +37,7 @@ def release_when_held(
         epsilon: a token is settled below it.
         hold_settled: True holds when every label token is settled; a number holds when their mean KL is at or below
             it. A call without label tokens needs nothing, so it is held by either.
-        correct: ``(M,)``, whether each label token is the model's first choice; given, a hold waits for all of them.
+        correct: ``(M,)``, whether each label token is the most probable one; given, a hold waits for all of them.
 
     Returns:
         token_loss itself, or the same values with a graph of their own, which ends at once.

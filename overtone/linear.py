@@ -16,7 +16,8 @@ from overtone.contract import (
     reduce_tokens,
     working_dtype,
 )
-from overtone.hold import Hold, is_first_choice, refuse_hold_when_distributed, release_when_held
+from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
+from overtone.once import refuse_second_derivative
 from overtone.rows import TargetSettings, row_gradient, row_kl
 
 __all__ = ["linear_overtone_loss"]
@@ -77,22 +78,27 @@ def linear_overtone_loss(
     counted = token_labels != ignore_index
     rows = counted.nonzero().squeeze(1)
 
+    # In float16 a mean's gradients would vanish before a loss scale could save them: they are divided afterwards.
+    is_divided_now = reduction == "mean" and hidden.dtype != torch.float16
     row_weight = torch.ones((), dtype=working_dtype(hidden), device=hidden.device)
     problem = _Problem(
         labels=token_labels[rows],
-        row_weight=row_weight / max(1, len(rows)) if reduction == "mean" else row_weight,
+        row_weight=row_weight / max(1, len(rows)) if is_divided_now else row_weight,
         reference=None if reference_logits is None else reference_logits.detach().reshape(-1, len(weight))[rows],
         settings=TargetSettings(n_sigma, float(lam), check),
         epsilon=float(epsilon),
         chunk_size=chunk_size or max(1, CHUNK_ELEMENTS // len(weight)),
-        correct=torch.empty_like(rows, dtype=torch.bool) if hold_correct else None,
+        hold_correct=hold_correct,
+        correct=torch.empty_like(rows, dtype=torch.bool),
     )
     kl: Tensor = _LinearKl.apply(  # type: ignore[no-untyped-call]
         hidden.reshape(-1, hidden.shape[-1])[rows], weight, bias, problem, torch.is_grad_enabled()
     )
-    token_loss = kl.new_zeros(token_labels.shape).index_copy(0, rows, torch.where(kl < epsilon, epsilon, kl))
+    token_loss = kl.new_zeros(token_labels.shape).index_copy(0, rows, torch.where(problem.settled(kl), epsilon, kl))
     if hold_settled is not False:
-        token_loss = release_when_held(token_loss, kl.detach(), epsilon, hold_settled, problem.correct)
+        token_loss = release_when_held(
+            token_loss, kl.detach(), epsilon, hold_settled, problem.correct if hold_correct else None
+        )
     return reduce_tokens(token_loss, counted, reduction).reshape(labels.shape if reduction == "none" else ())
 
 
@@ -134,7 +140,7 @@ class _Problem(NamedTuple):
     """What is constant for differentiation: the counted rows' labels ``(M,)``, and how to work through them.
 
     row_weight is the scalar that each row's gradient is multiplied by in the forward pass, as the reduction will;
-    correct, where it is wanted, is filled in: whether each label is the model's first choice.
+    correct ``(M,)`` is filled in: whether each label is strictly the model's first choice.
     """
 
     labels: Tensor
@@ -143,7 +149,13 @@ class _Problem(NamedTuple):
     settings: TargetSettings
     epsilon: float
     chunk_size: int
-    correct: Tensor | None
+    hold_correct: bool
+    correct: Tensor
+
+    def settled(self, kl: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Whether each of these rows is let go, given its KL."""
+        settled = kl < self.epsilon
+        return settled & self.correct[rows] if self.hold_correct else settled
 
 
 class _Gradients(NamedTuple):
@@ -186,12 +198,11 @@ def _chunked(
             torch.addmm(bias, hidden[chunk], weight.t(), out=logits)
         labels = problem.labels[chunk]
         reference = None if problem.reference is None else problem.reference[chunk]
-        if problem.correct is not None:
-            problem.correct[chunk] = is_first_choice(logits, labels)
         kl[chunk], coefficients = row_kl(logits, labels, reference, problem.settings, ignore_index=-1)
+        problem.correct[chunk] = coefficients[4] != 0
         if not any(wanted):
             continue
-        grad_kl = torch.where(kl[chunk] < problem.epsilon, 0, row_weights[chunk])
+        grad_kl = torch.where(problem.settled(kl[chunk], chunk), 0, row_weights[chunk])
         row_gradient(grad_kl, logits, labels, reference, coefficients, problem.settings, out=logits)
         if gradients.hidden is not None:
             torch.mm(logits, weight, out=gradients.hidden[chunk])
@@ -227,17 +238,24 @@ class _LinearKl(torch.autograd.Function):
         return kl
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, kl = ctx.saved_tensors
         # Handed out once, so that the optimiser's gradient is not a second copy of the weight's size.
         gradients, ctx.gradients = ctx.gradients, None
         common = grad_kl.amax() if len(grad_kl) else ctx.problem.row_weight
-        alike = torch.equal(grad_kl, torch.where(kl < ctx.problem.epsilon, 0, common))
+        alike = torch.equal(grad_kl, torch.where(ctx.problem.settled(kl), 0, common))
         if gradients is None or not alike:
             _, gradients = _chunked(hidden, weight, bias, ctx.problem, grad_kl, ctx.wanted)
         elif common != ctx.problem.row_weight:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(common / ctx.problem.row_weight)
-        return (*(None if gradient is None else gradient.to(hidden.dtype) for gradient in gradients), None, None)
+        inputs = hidden, weight, bias
+        return (
+            *(
+                None if found is None else refuse_second_derivative(found.to(hidden.dtype), *inputs)
+                for found in gradients
+            ),
+            None,
+            None,
+        )

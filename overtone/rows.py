@@ -13,7 +13,7 @@ from torch import Tensor
 from overtone.closed_form import SettingTensors, kl_of_rows, write_gradient_of_rows
 from overtone.compiled import Fused
 from overtone.contract import check_labels, working_dtype
-from overtone.functional import build_target, clipped_kl
+from overtone.functional import build_target, clipped_kl, ground_truth_check
 
 Rows: TypeAlias = slice | Tensor
 
@@ -47,7 +47,8 @@ def row_kl(
         ignore_index: label of rows that do not count; on the CPU they cost nothing.
 
     Returns:
-        kl ``(N,)``, 0 where ignored; coefficients ``(4, N)`` for `row_gradient`.
+        kl ``(N,)``, 0 where ignored; coefficients ``(5, N)`` for `row_gradient`, of which the last is 1 where the label
+        is strictly the most probable token.
 
     Raises:
         ValueError: for a label out of range, on the CPU; elsewhere that would cost a synchronisation.
@@ -59,7 +60,7 @@ def row_kl(
         labels = labels.where(counted, 0)
     tensors = settings.tensors(logits)
     kl = logits.new_zeros(len(logits), dtype=tensors.lam.dtype)
-    coefficients = kl.new_zeros(4, len(logits))
+    coefficients = kl.new_zeros(5, len(logits))
     with _without_autocast(logits):
         for rows in _blocks(logits, counted, worthwhile_share=1):
             block, block_labels = logits[rows], labels[rows]
@@ -68,6 +69,7 @@ def row_kl(
             else:
                 target = build_target(reference_logits[rows].to(kl.dtype), block_labels, *settings)
                 kl[rows] = clipped_kl(target, block.to(kl.dtype), epsilon=0)
+                coefficients[4, rows] = ground_truth_check(block, block_labels).to(kl.dtype)
     return kl.where(counted, 0), coefficients
 
 

@@ -97,7 +97,7 @@ class TestWithoutCompiler:
         """A compiler that fails leaves a warning and the functions as they stand."""
 
         def broken(*arguments):
-            raise RuntimeError("no compiler in sight")
+            raise torch._dynamo.exc.TorchDynamoException("no compiler in sight")
 
         monkeypatch.setattr(rows._fused, "_compiled", dict.fromkeys(rows._fused._compiled, broken))
         logits, labels = draw_tokens(9, 70, torch.float32)

@@ -241,10 +241,29 @@ class TestHoldCorrect:
         overtone_loss(leaf, torch.tensor([-100, 0]), epsilon=5.0, hold_settled=True, hold_correct=True).backward()
         assert leaf.grad is None
 
+    @pytest.mark.parametrize("name", OPTIMISERS)
+    def test_a_token_that_is_close_but_second_is_pushed_on(self, name):
+        """Below epsilon and behind another token it is not settled: it goes on until it leads, and is held there."""
+        logits = self.LOGITS.clone().requires_grad_()
+        optimiser = OPTIMISERS[name]([logits])
+        for _ in range(200):
+            optimiser.zero_grad()
+            overtone_loss(logits, torch.tensor([0, 0]), epsilon=5.0, hold_settled=True, hold_correct=True).backward()
+            optimiser.step()
+        assert logits.grad is None
+        assert logits[0].argmax() == 0
+
     @pytest.mark.parametrize("loss", [overtone_loss, reference_loss])
-    def test_needs_a_hold(self, loss):
-        """Alone it would do nothing."""
-        with pytest.raises(ValueError, match="hold_correct=True needs a hold"):
-            loss(self.LOGITS, torch.tensor([0, 0]), hold_correct=True)
+    def test_clips_only_what_is_correct(self, loss):
+        """Without a hold it says which tokens are let go; a tie is not a win."""
+        logits = torch.cat([self.LOGITS, torch.tensor([[2.0, 2.0, -9.0]])]).requires_grad_()
+        settings = {"epsilon": 5.0, "reduction": "none"}
+        values = loss(logits, torch.tensor([0, 0, 0]), hold_correct=True, **settings)
+        values.sum().backward()
+        unclipped = loss(logits.detach(), torch.tensor([0, 0, 0]), **{**settings, "epsilon": 0.0})
+        torch.testing.assert_close(values.detach(), torch.stack([unclipped[0], torch.tensor(5.0), unclipped[2]]))
+        assert logits.grad.any(dim=1).tolist() == [True, False, True]
+
+    def test_must_be_a_bool(self):
         with pytest.raises(TypeError, match="hold_correct must be True or False, got 1"):
-            loss(self.LOGITS, torch.tensor([0, 0]), hold_correct=1)
+            overtone_loss(self.LOGITS, torch.tensor([0, 0]), hold_correct=1)

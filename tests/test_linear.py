@@ -123,6 +123,32 @@ class TestAgainstTwoSteps:
         assert gradients[0][2:].isfinite().all()
         assert gradients[1].isnan().any()
 
+    def test_second_derivatives_raise(self):
+        """A gradient penalty would silently get none; the target's derivative is left out by design."""
+        (hidden, weight, bias), labels = draw_layer()
+        loss = linear_overtone_loss(hidden, weight, labels, bias=bias)
+        gradients = torch.autograd.grad(loss, (hidden, weight), create_graph=True)
+        for gradient in gradients:
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                (loss + gradient.square().sum()).backward(retain_graph=True)
+
+    def test_float16_under_a_loss_scale(self):
+        """Small gradients of a mean survive as they do in two steps: the scale comes before they are rounded."""
+        torch.manual_seed(0)
+        labels, scale = torch.randint(10, (2000,)), 4096.0
+        start = torch.randn(2000, 8), torch.randn(4000, 8) * 0.1
+        gradients = []
+        for loss, dtype in (
+            (linear_overtone_loss, torch.float16),
+            (two_step, torch.float16),
+            (two_step, torch.float32),
+        ):
+            hidden, weight = (tensor.half().to(dtype).requires_grad_() for tensor in start)
+            (loss(hidden, weight, labels, chunk_size=500) * scale).backward()
+            gradients.append(weight.grad[10:].float())
+        ours, yardstick = ((gradient - gradients[2]).norm() for gradient in gradients[:2])
+        assert ours <= 1.5 * yardstick
+
     def test_second_backward(self):
         """With retain_graph a second backward adds the same gradients again."""
         (hidden, weight, bias), labels = draw_layer()

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from overtone.hold import Hold, is_first_choice, refuse_hold_when_distributed, release_when_held
+from overtone.functional import ground_truth_check
+from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (N, V), labels (N,)) -> loss (N,)``, labels without ignored positions."""
@@ -55,5 +56,5 @@ class EditLoss:
         refuse_hold_when_distributed(self.hold)
         with torch.no_grad():
             distance = self.distance(logits, labels)
-            correct = is_first_choice(logits, labels) if self.hold_correct else None
+            correct = ground_truth_check(logits, labels) if self.hold_correct else None
         return values, release_when_held(values, distance, self.settled_below, self.hold, correct) is not values

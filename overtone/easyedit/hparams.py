@@ -94,7 +94,7 @@ def _overtone(options: dict[str, Any], method: str) -> EditLoss:
     names = [field.name for field in fields(OverToneConfig)]
     changes = {"hold_settled": DEFAULT_HOLD[method], **_known(options, names, "overtone")}
     config = OverToneConfig.preset(method, **changes)
-    settings = {**config.as_kwargs(), "hold_settled": False, "hold_correct": False}
+    settings = {**config.as_kwargs(), "hold_settled": False}
     return EditLoss(
         f"overtone (epsilon={config.epsilon}, n_sigma={config.n_sigma}, lam={config.lam}, check={config.check}, "
         f"hold_settled={config.hold_settled}, hold_correct={config.hold_correct})",
