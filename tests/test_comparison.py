@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, ttest_rel
 
 from overtone.lab import comparison
 from overtone.lab.comparison import bootstrap_mean, excludes_zero, paired_difference
@@ -80,8 +80,43 @@ class TestPairedDifference:
         values, baseline = {1: 1.0, 2: 0.3, 3: 1.0}, {2: 0.2, 1: 0.5, 4: 0.0}
         difference = paired_difference(values, baseline, {edit: edit for edit in range(5)})
         assert difference.mean == pytest.approx(0.3)
-        assert (difference.low, difference.high) == (pytest.approx(0.1), pytest.approx(0.5))
         assert difference.count == 2
+
+    @pytest.mark.parametrize("edits_per_unit", [1, 4])
+    def test_is_the_bootstrap_mean_stretched_about_the_mean(self, edits_per_unit):
+        """By sqrt(6 / 5) * 2.5706 / 1.9600, the quantiles with 5 degrees of freedom and of the normal distribution."""
+        gains = np.random.default_rng(2).random(6 * edits_per_unit).tolist()
+        units = {edit: edit // edits_per_unit for edit in range(len(gains))}
+        plain = bootstrap_mean(gains, list(units.values()))
+        found = paired_difference(dict(enumerate(gains)), dict.fromkeys(units, 0.0), units)
+        assert (found.mean, found.count) == (plain.mean, plain.count)
+        for end, plain_end in ((found.low, plain.low), (found.high, plain.high)):
+            assert (end - plain.mean) / (plain_end - plain.mean) == pytest.approx(1.43671, abs=1e-4)
+
+    def test_is_as_wide_as_the_t_interval_of_scipy(self):
+        """Of many normal differences, the mean width over 12 edits: within 5%."""
+        rng = np.random.default_rng(0)
+        ours, theirs = [], []
+        for _ in range(100):
+            values, baseline = rng.normal(size=(2, 12)).tolist()
+            found = paired_difference(*(dict(enumerate(each)) for each in (values, baseline, range(12))))
+            interval = ttest_rel(values, baseline).confidence_interval()
+            ours.append(found.high - found.low)
+            theirs.append(interval.high - interval.low)
+        assert np.mean(ours) == pytest.approx(np.mean(theirs), rel=0.05)
+
+    def test_one_unit_has_no_interval(self):
+        assert paired_difference({1: 0.5}, {1: 0.25}, {1: 1}) == Estimate(0.25, None, None, 1)
+
+    def test_few_units_are_rarely_called_a_difference(self):
+        """Of 600 comparisons over 6 units without a difference 5% exclude 0, or 30; without the stretch 13%, or 78."""
+        rng = np.random.default_rng(0)
+        units = {unit: unit for unit in range(6)}
+        found = 0
+        for _ in range(600):
+            values, baseline = (dict(enumerate(rng.normal(size=6).tolist())) for _ in range(2))
+            found += excludes_zero(paired_difference(values, baseline, units))
+        assert found < 51, "30 and four standard errors"
 
     def test_a_small_steady_difference_is_found_among_edits_that_vary_a_lot(self):
         rng = np.random.default_rng(1)

@@ -127,11 +127,15 @@ Edits of one sequence are not independent: for T > 1 whole sequences are resampl
 {FEWEST_SEQUENCES}, and edits otherwise, which makes intervals too narrow; each table says which.
 
 Differences are of the average, in points, over the edits that both losses have (same data, seed, sequence and edit), by
-a paired bootstrap. The best baseline is the best of cross-entropy, label smoothing and early stopping at its default
-threshold, 0.1. The best early stopping is the best of all thresholds. Both are chosen by their average on the same
-edits of the same table, which favours them. **Bold**: the interval excludes 0, whichever way, and rests on at
-least {ENOUGH_UNITS} single edits or sequences (fewer agree in sign by chance in over 5% of cases). Nothing else is ever
-bold, and no interval is corrected for the number of rows.
+a paired bootstrap. Percentile intervals over few units are too narrow: over 6, one excludes 0 in about 13% of cases
+without a difference. Both ends of a difference's interval are therefore stretched about the mean by
+sqrt(n / (n - 1)) * t / 1.96, where n is the number of edits or sequences resampled and t the 97.5% quantile of
+Student's t with n - 1 degrees of freedom; the intervals of the other columns are not. The best baseline is the best of
+cross-entropy, label smoothing and early stopping at its default threshold, 0.1. The best early stopping is the best of
+all thresholds. Both are chosen by their average on the same edits of the same table, which favours them. **Bold**: the
+interval excludes 0, whichever way, and rests on at least {ENOUGH_UNITS} single edits or sequences: fewer all agree in
+sign by chance in over 5% of cases, whatever an interval over them says. Nothing else is ever bold, and no interval is
+corrected for the number of rows.
 
 *In italics*: the paper's own numbers, copied from the table named there. They are of another, much larger model and of
 other settings: the direction compares, the height does not. Differences to them are not taken.

@@ -29,7 +29,7 @@ FEWEST_SEQUENCES = 3
 """Below it edits are resampled, though those of one sequence are not independent."""
 
 ENOUGH_UNITS = 6
-"""From here on all units agree in sign by chance in less than 5%, so that an interval of theirs means something."""
+"""Fewer units all agree in sign by chance in more than 5% of cases, whatever an interval over them says."""
 
 
 @dataclass(frozen=True)

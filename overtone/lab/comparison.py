@@ -1,13 +1,16 @@
 """How sure a mean over edits is, and a difference between two losses on the same edits: a bootstrap of whole units.
 
 A unit is what is independent of the others: a single edit, or a sequence of edits. A resample draws units with
-replacement and averages over all of their edits.
+replacement and averages over all of their edits. Over few units the percentiles of the resamples lie too close to the
+mean: an interval over 6 excludes 0 in about 13% of cases without a difference. Those of differences are therefore
+stretched to what Student's t would give.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -57,7 +60,11 @@ def paired_difference(
     *,
     seed: int = 0,
 ) -> Estimate | None:
-    """The mean of values - baseline over the edits that both have, with the interval of `bootstrap_mean`.
+    """The mean of values - baseline over the edits that both have, with a stretched interval.
+
+    Both ends of the interval of `bootstrap_mean` are moved away from the mean by the factor
+    sqrt(n / (n - 1)) * t / 1.96, where n is the number of units resampled and t the 97.5% quantile of Student's t with
+    n - 1 degrees of freedom.
 
     Args:
         values: by edit.
@@ -67,11 +74,20 @@ def paired_difference(
 
     Returns:
         None where no edit is in both.
+
+    Raises:
+        ImportError: SciPy is not there.
     """
     common = [key for key in values if key in baseline]
     if not common:
         return None
-    return bootstrap_mean([values[key] - baseline[key] for key in common], [units[key] for key in common], seed=seed)
+    unit_of_each = [units[key] for key in common]
+    plain = bootstrap_mean([values[key] - baseline[key] for key in common], unit_of_each, seed=seed)
+    if plain.low is None or plain.high is None:
+        return plain
+    stretch = _stretch(len(set(unit_of_each)))
+    low, high = (plain.mean + stretch * (end - plain.mean) for end in (plain.low, plain.high))
+    return Estimate(plain.mean, low, high, plain.count)
 
 
 def excludes_zero(difference: Estimate) -> bool:
@@ -82,6 +98,16 @@ def excludes_zero(difference: Estimate) -> bool:
     if difference.low is None or difference.high is None:
         return False
     return difference.low > _ROUNDING or difference.high < -_ROUNDING
+
+
+@cache
+def _stretch(units: int) -> float:
+    """From a percentile interval, which is a normal one with n for n - 1, to one of Student's t."""
+    try:
+        from scipy.stats import norm, t
+    except ImportError as error:
+        raise ImportError('the lab needs SciPy: pip install "overtone[lab]"') from error
+    return math.sqrt(units / (units - 1)) * float(t.ppf(0.975, units - 1) / norm.ppf(0.975))
 
 
 @lru_cache(maxsize=2)
