@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from overtone import cli
-from overtone.lab import bench
+from overtone.lab import bench, sequences
 from overtone.lab.bench import Bench, BenchSettings
 from overtone.lab.corpora import CORPORA
 from overtone.lab.easyedit_session import ALGORITHMS
@@ -287,7 +287,7 @@ class TestResume:
 
     def test_refuses_other_versions(self, model, corpora, tmp_path, monkeypatch):
         finish(settings(model), tmp_path)
-        monkeypatch.setattr(bench, "version", lambda name: "0")
+        monkeypatch.setattr(sequences, "version", lambda name: "0")
         with pytest.raises(
             ValueError, match=r"another version of overtone, version of peft, .*: choose another folder"
         ):

@@ -25,6 +25,13 @@ class TestPerplexity:
                 tokens += ids.shape[1] - 1
         assert perplexity(model, tokenizer, TEXTS, batch=batch) == pytest.approx(math.exp(nats / tokens), rel=1e-5)
 
+    def test_of_a_broken_model_is_infinite(self):
+        """exp(1e4 nats) is beyond floating point."""
+        model = mini_lab.random_model()
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1e4)
+        assert perplexity(model, mini_lab.tokenizer(), TEXTS) == math.inf
+
     @pytest.mark.parametrize("texts", [[], ["ana"]])
     def test_nothing_to_predict_is_refused(self, texts):
         with pytest.raises(ValueError, match=f"texts are {len(texts)} without a token that another precedes"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import mini_lab
 import pytest
@@ -17,6 +18,7 @@ from overtone.lab.outcomes import EditOutcome, whole_sequences
 from overtone.lab.perplexity import perplexity
 from overtone.lab.sequences import SequenceTask, checkpoint_path
 from overtone.lab.sessions import WeightSession, open_session, require_method, unsupported
+from overtone.lab.traces import EditTrace
 
 HELD_OUT = ("the head of zed is dan eve .", "bo cy likes tea")
 SECOND = dataclasses.replace(mini_lab.edit(), prompt="ana likes", target_new=" milk", target_old=" rain")
@@ -132,10 +134,46 @@ class TestFailures:
         ]
         assert all(outcome.error.startswith("RuntimeError: the loss is nan") for outcome in outcomes)
 
+    @pytest.mark.parametrize("error", [OSError, MemoryError, torch.OutOfMemoryError])
+    def test_what_fails_of_the_machine_ends_the_run(self, workplace, monkeypatch, error):
+        """Recorded as a failed edit it would never be made again."""
+        before = fingerprint(workplace.model)
+
+        def full(*arguments):
+            raise error("full")
+
+        monkeypatch.setattr(sequences, "perplexity", full)
+        with pytest.raises(error, match="full"):
+            task().perform(workplace)
+        assert fingerprint(workplace.model) == before
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_perplexity_or_kl_that_is_not_finite_is_none(self, workplace, monkeypatch, value):
+        """The accuracies of an edit that broke the model's other knowledge still count."""
+        expected = task().perform(workplace)
+        monkeypatch.setattr(sequences, "perplexity", lambda *arguments: value)
+        monkeypatch.setattr(sequences, "score", lambda *given: dataclasses.replace(score(*given), kl=value))
+        for found, sound in zip(task().perform(workplace), expected, strict=True):
+            assert (found.perplexity, found.error) == (None, None)
+            assert found.scores == dataclasses.replace(sound.scores, kl=None)
+
     def test_scores_that_are_no_numbers_are_a_failure(self, workplace, monkeypatch):
         """The update after the last look at the loss can still break the model."""
-        monkeypatch.setattr(sequences, "perplexity", lambda *arguments: float("nan"))
-        (outcome,) = task(edits=(mini_lab.edit(),)).perform(workplace)
+        monkeypatch.setattr(sequences, "score", lambda *given: dataclasses.replace(score(*given), p_new=math.nan))
+        self.assert_not_finite(task(edits=(mini_lab.edit(),)).perform(workplace))
+
+    def test_answers_that_are_no_numbers_are_a_failure(self, workplace, monkeypatch):
+        monkeypatch.setattr(sequences, "ask", lambda *arguments: {"multi-hop": math.nan})
+        asked = dataclasses.replace(mini_lab.edit(), questions=("any",))
+        self.assert_not_finite(task(edits=(asked,)).perform(workplace))
+
+    def test_a_trace_that_is_no_numbers_is_a_failure(self, workplace, monkeypatch):
+        trace = EditTrace([0], [math.inf], [], [1.0], [0.0])
+        monkeypatch.setattr(sequences.Tracer, "trace", trace)
+        self.assert_not_finite(task(edits=(mini_lab.edit(),), is_traced=True).perform(workplace))
+
+    def assert_not_finite(self, outcomes):
+        (outcome,) = outcomes
         assert outcome.error.startswith("ValueError: ")
         assert "not JSON compliant" in outcome.error
 
@@ -151,7 +189,7 @@ class TestFailures:
 
 
 class TestCheckpoint:
-    def interrupted(self, workplace, tmp_path, monkeypatch, edits=1):
+    def interrupted(self, workplace, tmp_path, monkeypatch, edits=1, method="ft-m"):
         """Interrupt the task after some edits; what is on disk stays there."""
         apply, made = WeightSession.apply, []
 
@@ -164,8 +202,8 @@ class TestCheckpoint:
         with monkeypatch.context() as patch:
             patch.setattr(WeightSession, "apply", limited)
             with pytest.raises(KeyboardInterrupt):
-                task(checkpoints=tmp_path).perform(workplace)
-        return checkpoint_path(tmp_path, task().key)
+                task(checkpoints=tmp_path, method=method).perform(workplace)
+        return checkpoint_path(tmp_path, task(method=method).key)
 
     def applied(self, monkeypatch):
         apply, made = WeightSession.apply, []
@@ -188,6 +226,38 @@ class TestCheckpoint:
     def test_a_broken_file_is_passed_over(self, workplace, tmp_path, monkeypatch, damage):
         self.interrupted(workplace, tmp_path, monkeypatch).write_bytes(damage)
         made = self.applied(monkeypatch)
+        task(checkpoints=tmp_path).perform(workplace)
+        assert len(made) == 2
+
+    @pytest.mark.parametrize("broken", ["of", "fitted", "losses", "state", "weight", "everything"])
+    def test_a_malformed_file_is_passed_over(self, workplace, tmp_path, monkeypatch, broken):
+        """Also where some weights are in place by the time that another is missing: the sequence starts from none."""
+        expected = task(method="lora").perform(workplace)
+        path = self.interrupted(workplace, tmp_path, monkeypatch, method="lora")
+        saved = torch.load(path)
+        if broken == "losses":
+            del saved["fitted"][0]["losses"]
+        elif broken == "weight":
+            del saved["state"][max(saved["state"])]
+        elif broken == "everything":
+            saved = [1]
+        else:
+            del saved[broken]
+        torch.save(saved, path)
+        made = self.applied(monkeypatch)
+        found = task(checkpoints=tmp_path, method="lora").perform(workplace)
+        assert without_seconds(found) == without_seconds(expected)
+        assert len(made) == 2
+
+    @pytest.mark.parametrize("changed", ["steps", "lr", "version"])
+    def test_the_state_of_another_optimiser_or_version_is_passed_over(self, workplace, tmp_path, monkeypatch, changed):
+        self.interrupted(workplace, tmp_path, monkeypatch)
+        made = self.applied(monkeypatch)
+        if changed == "version":
+            monkeypatch.setattr(sequences, "version", lambda name: "0")
+        else:
+            other = dataclasses.replace(sessions.METHODS["ft-m"], **{changed: 2})
+            monkeypatch.setitem(sessions.METHODS, "ft-m", other)
         task(checkpoints=tmp_path).perform(workplace)
         assert len(made) == 2
 

@@ -9,7 +9,6 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from overtone.lab.outcomes import FORMAT, EditOutcome
 from overtone.lab.perplexity import perplexity
 from overtone.lab.registry import look_up
 from overtone.lab.results_folder import CHECKPOINTS, ResultsFolder
-from overtone.lab.sequences import SequenceTask, checkpoint_path
+from overtone.lab.sequences import SequenceTask, checkpoint_path, library_versions
 from overtone.lab.sessions import easyedit_version, open_session, require_method, unsupported
 from overtone.lab.sharding import Shard
 from overtone.lab.world import Edit
@@ -41,7 +40,8 @@ class BenchSettings:
 
     Attributes:
         data: names in `overtone.lab.corpora.CORPORA`.
-        seeds: of the corpora, their models and the choice of edits.
+        seeds: of the corpora, their models and the choice of edits. They do not reach the methods: the random initial
+            weights of LoRA are those of the first edit's place in the list, the same for sequence i of every seed.
         methods: names that `overtone.lab.sessions.require_method` accepts; single edits of the first one, with the
             first seed, are traced for the figures.
         losses: loss specs (see `overtone.lab.losses`).
@@ -266,8 +266,7 @@ class Bench:
         return None if data in WORLDS else self.settings.size
 
     def _versions(self) -> dict[str, str]:
-        versions = {"python": platform.python_version()}
-        versions |= {name: version(name) for name in ("overtone", "torch", "transformers", "peft")}
+        versions = {"python": platform.python_version(), **library_versions()}
         if not set(self.settings.methods) <= METHODS.keys():
             versions["easyedit"] = easyedit_version()
         return versions

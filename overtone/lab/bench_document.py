@@ -140,7 +140,8 @@ corrected for the number of rows.
 *In italics*: the paper's own numbers, copied from the table named there. They are of another, much larger model and of
 other settings: the direction compares, the height does not. Differences to them are not taken.
 
-Edits that ended with an error count in no mean; their number is in the last column."""
+Edits that ended with an error count in no mean; their number is in the last column. A perplexity that is not finite
+counts in no mean either, which favours the loss that made it."""
 
 _QUESTIONS = """\
 Rel as in Table 1; the share of an edit's questions whose answer the model's completion contains, and of those with the

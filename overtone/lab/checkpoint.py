@@ -16,6 +16,10 @@ from overtone.lab.sessions import Session
 
 logger = logging.getLogger(__name__)
 
+_BROKEN = (OSError, EOFError, RuntimeError, pickle.UnpicklingError)
+_MALFORMED = (AttributeError, LookupError, TypeError, ValueError)
+"""What a file that is not whole raises, and one that holds something else than `save` writes."""
+
 
 class SequenceCheckpoint:
     """The edits of one sequence that were made so far."""
@@ -31,20 +35,24 @@ class SequenceCheckpoint:
         self._of = of
 
     def resume(self, session: Session) -> list[FitTrace]:
-        """Put a session where the file says, and return how the edits made so far went; none without a file."""
+        """Put a session where the file says, and return how the edits made so far went; none without a sound file."""
         if self.path is None:
             return []
+        before = session.state()
         try:
             saved = torch.load(self.path, weights_only=True, map_location=session.model.device)
+            if saved["of"] != self._of:
+                return []
+            fitted = [FitTrace(**{**fit, "losses": tuple(fit["losses"])}) for fit in saved["fitted"]]
+            session.restore(saved["state"])
         except FileNotFoundError:
             return []
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            logger.warning("%s is broken and its sequence starts anew: %s", self.path, error)
+        except (*_BROKEN, *_MALFORMED) as error:
+            logger.warning("%s is broken and its sequence starts anew: %s: %s", self.path, type(error).__name__, error)
+            if before is not None:
+                session.restore(before)  # some weights may have been put in place
             return []
-        if saved["of"] != self._of:
-            return []
-        session.restore(saved["state"])
-        return [FitTrace(**{**fitted, "losses": tuple(fitted["losses"])}) for fitted in saved["fitted"]]
+        return fitted
 
     def save(self, session: Session, fitted: Sequence[FitTrace]) -> None:
         """Keep the session's state, in place of the one before."""

@@ -34,7 +34,8 @@ class Scores:
         p_new: probability of the whole new target after the edited prompt.
         p_old: probability of the whole old target after the edited prompt.
         kl: KL(unedited || edited) of next-token distributions in nats, mean over the target tokens of a locality
-            probe, over a kind's probes, over kinds; None without locality probes.
+            probe, over a kind's probes, over kinds; None without locality probes, and in results where it is not
+            finite.
 
     A measure or kind without probes is left out of its dictionary.
     """

@@ -36,7 +36,8 @@ class EditOutcome:
         target_old: what it said.
         scores: how good the edit is; None if the sequence failed.
         answers: shares of its questions answered, by measure; empty where the corpus has no questions.
-        perplexity: of the edited model on held-out texts after the sequence's last edit; None if the sequence failed.
+        perplexity: of the edited model on held-out texts after the sequence's last edit; None if the sequence failed or
+            it is not finite.
         steps: optimiser steps that this edit took.
         ended: why it took no more (see `overtone.lab.editors.FitTrace`); "failed" if the sequence failed.
         seconds: wall-clock time of the edit's steps.

@@ -14,7 +14,7 @@ from overtone.lab.batching import IGNORE_INDEX
 
 @torch.no_grad()
 def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], *, batch: int = 32) -> float:
-    """exp of the mean negative log-likelihood in nats of every token but the first of each text.
+    """exp of the mean negative log-likelihood in nats of every token but the first of each text; inf if that overflows.
 
     Args:
         model: a Hugging Face causal language model, in evaluation mode.
@@ -43,4 +43,7 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], *, batch: int =
         nats += F.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         ).item()
-    return math.exp(nats / tokens)
+    try:
+        return math.exp(nats / tokens)
+    except OverflowError:
+        return math.inf

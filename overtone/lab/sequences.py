@@ -5,22 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from overtone.lab.checkpoint import SequenceCheckpoint
+from overtone.lab.editors import METHODS
 from overtone.lab.experiment import Workplace
 from overtone.lab.losses import parse_loss
-from overtone.lab.metrics import score
+from overtone.lab.metrics import Scores, score
 from overtone.lab.outcomes import EditOutcome, SequenceKey
 from overtone.lab.perplexity import perplexity
 from overtone.lab.questions import ask
-from overtone.lab.sessions import open_session
+from overtone.lab.sessions import easyedit_version, open_session
 from overtone.lab.traces import Tracer
 from overtone.lab.world import Edit
 
 logger = logging.getLogger(__name__)
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries that outcomes depend on."""
+    return {name: version(name) for name in ("overtone", "torch", "transformers", "peft")}
 
 
 @dataclass(frozen=True)
@@ -74,9 +84,12 @@ class SequenceTask:
 
         Raises:
             NotRestoredError: it is not what it was, bit for bit: the run must end.
+            OSError, MemoryError, torch.OutOfMemoryError: of the machine, not of the edit, which may do another time.
         """
         try:
             outcomes = self._perform(workplace)
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise
         # Whatever an edit fails of, the others can still be made, once the model is known to be as before.
         except Exception as error:
             logger.warning("%s failed: %s", self.key, error)
@@ -87,10 +100,16 @@ class SequenceTask:
     def _checkpoint(self, fingerprint: str) -> SequenceCheckpoint:
         # A single edit is over before its state would be of use.
         kept = self.checkpoints if self.length > 1 else None
-        of = json.dumps([fingerprint, [asdict(edit) for edit in self.edits]])
+        of = json.dumps([fingerprint, [asdict(edit) for edit in self.edits], self._made_by()])
         return SequenceCheckpoint(
             None if kept is None else checkpoint_path(kept, self.key), hashlib.sha256(of.encode()).hexdigest()
         )
+
+    def _made_by(self) -> list[Any]:
+        """The optimiser's settings, which are EasyEdit's own for its methods, and the versions."""
+        method = METHODS.get(self.method)
+        how = easyedit_version() if method is None else [method.steps, method.lr]
+        return [how, library_versions()]
 
     def _perform(self, workplace: Workplace) -> list[EditOutcome]:
         loss = parse_loss(self.loss)
@@ -104,24 +123,27 @@ class SequenceTask:
                 checkpoint.save(session, fitted)
             if tracer is not None:
                 tracer.record(fitted[-1].steps)
-            scores = [score(session.model, workplace.tokenizer, examination) for examination in examinations]
+            scores = [
+                _with_finite_kl(score(session.model, workplace.tokenizer, examination)) for examination in examinations
+            ]
             answers = [
                 ask(session.model, workplace.tokenizer, edit, self.seed) if edit.questions else {}
                 for edit in self.edits
             ]
             after = perplexity(session.model, workplace.tokenizer, self.held_out_texts)
+        trace = None if tracer is None else tracer.trace
         # No line of a results file can hold NaN or infinity, and no mean could be taken over them.
-        json.dumps([*map(asdict, scores), after], allow_nan=False)
+        json.dumps([*map(asdict, scores), answers, None if trace is None else asdict(trace)], allow_nan=False)
         return [
             self._outcome(
                 position,
                 scores=scores[position],
                 answers=answers[position],
-                perplexity=after,
+                perplexity=after if math.isfinite(after) else None,
                 steps=fit.steps,
                 ended=fit.ended,
                 seconds=fit.seconds,
-                trace=None if tracer is None else tracer.trace,
+                trace=trace,
             )
             for position, fit in enumerate(fitted)
         ]
@@ -145,6 +167,10 @@ class SequenceTask:
             target_old=edit.target_old,
             **values,
         )
+
+
+def _with_finite_kl(scores: Scores) -> Scores:
+    return scores if scores.kl is None or math.isfinite(scores.kl) else replace(scores, kl=None)
 
 
 def checkpoint_path(folder: Path, key: SequenceKey) -> Path:
