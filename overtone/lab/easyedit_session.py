@@ -81,6 +81,10 @@ def unsupported(method: str, loss: NamedLoss) -> str | None:
     return None
 
 
+_EDITS_MADE = "edits made"
+"""What a state has beside the weights: the random numbers of an edit follow from how many there were before it."""
+
+
 @contextmanager
 def open_easyedit_session(
     workplace: Workplace, method: str, seed: int, texts: Sequence[str] = ()
@@ -188,10 +192,11 @@ class EasyEditSession:
         return FitTrace((), steps[0], self._ended(steps[0], len(calls), loss, choice), seconds)
 
     def state(self) -> dict[str, Tensor] | None:
-        """The edited weights, by name; None for methods that add modules to the model."""
+        """The edited weights by name, and how many edits there were; None for methods that add modules to the model."""
         if not self._algorithm.edits_in_place:
             return None
-        return {name: self._copy.get_parameter(name).detach().clone() for name in self._names}
+        weights = {name: self._copy.get_parameter(name).detach().clone() for name in self._names}
+        return {**weights, _EDITS_MADE: torch.tensor(self._edits_made)}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -200,10 +205,14 @@ class EasyEditSession:
         Raises:
             ValueError: it is not a state of this method.
         """
-        if not self._names or set(state) != set(self._names):
-            raise ValueError(f"state must hold the weights {self._names} of {self._algorithm.name}, got {list(state)}")
-        for name, weight in state.items():
-            self._copy.get_parameter(name).copy_(weight)
+        if not self._names or set(state) != {*self._names, _EDITS_MADE}:
+            raise ValueError(
+                f"state must hold {_EDITS_MADE!r} and the weights {self._names} of {self._algorithm.name}, "
+                f"got {list(state)}"
+            )
+        for name in self._names:
+            self._copy.get_parameter(name).copy_(state[name])
+        self._edits_made = int(state[_EDITS_MADE])
 
     def close(self) -> None:
         """Let go of the copy."""

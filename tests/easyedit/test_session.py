@@ -214,6 +214,7 @@ class TestSequences:
             session.restore(state)
             session.apply(SECOND, CROSS_ENTROPY)
             found = session.state()
+        assert expected["edits made"] == 2, "the random numbers of the next edit follow from it"
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[name], found[name]) for name in expected)
         assert not all(torch.equal(expected[name], state[name]) for name in expected)
