@@ -56,6 +56,12 @@ class TestParseLoss:
         losses = {parse_loss(spec).name: parse_loss(spec).title for spec in specs}
         assert len(set(losses.values())) == len(losses) == 5 + 6 + 4
 
+    def test_ablations_leave_out_a_part_of_overtone_each(self):
+        """Canonical specs, so that they meet the rows of results; neither OverTone itself nor its hold is one."""
+        assert [parse_loss(spec).name for spec in ABLATIONS] == list(ABLATIONS)
+        assert not {"cross_entropy", "overtone", "overtone_held"} & set(ABLATIONS)
+        assert all(title.startswith("OverTone w/o") for title in [parse_loss(spec).title for spec in ABLATIONS[:4]])
+
     def test_can_be_sent_to_another_process(self):
         loss = parse_loss("overtone:hold_settled=0.1")
         assert pickle.loads(pickle.dumps(loss)) == loss

@@ -105,7 +105,14 @@ _TITLES: Mapping[str, str] = {
     "overtone:lam=1": "clipping only",
 }
 
-ABLATIONS: tuple[str, ...] = tuple(_TITLES)[3:]
+ABLATIONS: tuple[str, ...] = (
+    "overtone:epsilon=0",
+    "overtone:n_sigma=none",
+    "overtone:check=false",
+    "overtone:dynamic=false",
+    "overtone:epsilon=0+check=false",
+    "overtone:lam=1",
+)
 """The paper's Table 3; then the filtered mixture as the target of every token, never clipped; then clipping alone."""
 
 EARLY_STOPPING_THRESHOLDS = (0.01, 0.05, 0.1, 0.3, 0.5)
