@@ -29,7 +29,8 @@ PRESETS: Mapping[str, BenchSettings] = {
         fit_lengths=True,
     ),
 }
-"""Two methods and three losses on one small world, in minutes; every loss on three worlds with three seeds, in an hour.
+"""Two methods and three losses on one small world, in minutes; every loss on three worlds with three seeds, in one to
+two hours on two cores.
 
 The published data join the second where their files are given."""
 
