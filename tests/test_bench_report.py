@@ -9,7 +9,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from bench_lines import TRACE, outcome, sequence, singles, write
+from bench_lines import HEADER, TRACE, outcome, sequence, singles, write
 from rich.console import Console
 
 from overtone import cli
@@ -150,9 +150,20 @@ class TestWriteReport:
 
     def test_says_what_was_run(self, rendered):
         text = text_of(rendered[0])
-        assert "`overtone bench`" in text
+        assert "- Command: `overtone bench`" in text
         assert "2 cores, x86_64" in text
         assert "| Short targets | 0 | llama | facts 100.0%, two hops 99.0% | 1.40 |" in text
+
+    def test_says_what_several_commands_ran(self, tmp_path):
+        """All commands, and the settings of the edits rather than those of the last command."""
+        commands = [["overtone", "bench"], ["overtone", "bench", "--seeds", "7"]]
+        header = {name: value for name, value in HEADER.items() if name != "command"}
+        header |= {"commands": commands, "settings": {"data": ["soft"], "seeds": [7]}}
+        outcomes = [*singles([1.0], seed=3), *sequence([1.0, 0.5], data="zsre", method="ft-m", seed=7)]
+        write_report(write(tmp_path / "results.jsonl", outcomes, header), tmp_path)
+        text = text_of(tmp_path)
+        assert "- Command: `overtone bench`\n- Command: `overtone bench --seeds 7`\n" in text
+        assert "- Settings: data short, zsre; seeds 3, 7; methods lora, ft-m; lengths 1, 2\n" in text
 
 
 class TestBold:

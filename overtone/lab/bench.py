@@ -132,7 +132,7 @@ class Bench:
         """
         header = {
             "format": FORMAT,
-            "command": list(command),
+            "commands": [list(command)],
             "versions": self._versions(),
             "machine": _machine(),
             "settings": asdict(self.settings),

@@ -11,7 +11,7 @@ from overtone.lab.bench_results import Results
 from overtone.lab.bench_tables import BASELINES, ENOUGH_UNITS, FEWEST_SEQUENCES, Block, is_early_stopping
 from overtone.lab.comparison import RESAMPLES
 from overtone.lab.losses import ABLATIONS
-from overtone.lab.outcomes import EditOutcome
+from overtone.lab.outcomes import EditOutcome, commands
 from overtone.lab.paper import PaperRow, ablation_rows, editing_rows, mquake_rows
 from overtone.lab.titles import data_title, length_title, loss_title, method_title
 
@@ -174,14 +174,22 @@ _FIGURES: Mapping[str, tuple[str, str]] = {
 def _what_was_run(results: Results) -> Iterator[str]:
     header = results.header
     yield from ("## What was run", "")
-    if "command" in header:
-        yield f"- Command: `{' '.join(map(str, header['command']))}`"
+    for command in commands(header):
+        yield f"- Command: `{' '.join(map(str, command))}`"
     for key in ("machine", "versions"):
         if key in header:
             yield f"- {key.capitalize()}: {_said(header[key])}"
+    # Of the edits themselves: the header has the settings of the last command alone.
+    found = {
+        "data": [outcome.data for outcome in results.outcomes],
+        "seeds": [outcome.seed for outcome in results.outcomes],
+        "methods": [outcome.method for outcome in results.outcomes],
+        "lengths": [outcome.length for outcome in results.outcomes],
+    }
+    yield f"- Settings: {_said({name: list(dict.fromkeys(values)) for name, values in found.items()})}"
     losses = dict.fromkeys(outcome.loss for outcome in results.outcomes)
     yield f"- Losses: {', '.join(f'{loss_title(loss)} (`{loss}`)' for loss in losses)}"
-    for key in ("settings", "optimisers", "traced"):
+    for key in ("optimisers", "traced"):
         if key in header:
             yield f"- {key.capitalize()}: {_said(header[key])}"
     yield ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,12 @@ def whole_sequences(outcomes: Iterable[EditOutcome]) -> dict[SequenceKey, list[E
         for key, edits in sequences.items()
         if len(edits) == next(iter(edits.values())).length
     }
+
+
+def commands(header: Mapping[str, Any]) -> list[list[str]]:
+    """The command lines that made a results file, in order; files from before there could be several name one."""
+    one = [header["command"]] if "command" in header else []
+    return [list(command) for command in header.get("commands", one)]
 
 
 def read_results(path: Path) -> tuple[dict[str, Any], list[EditOutcome]]:

@@ -6,7 +6,7 @@ import gzip
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -166,7 +166,9 @@ def _refusing_other_files(path: Path) -> Iterator[None]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    if path.exists():
-        # Long results are kept compressed.
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            yield from file
+    # Long results are kept compressed; parts of them vanish when another process has put them together.
+    with (
+        suppress(FileNotFoundError),
+        gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file,
+    ):
+        yield from file

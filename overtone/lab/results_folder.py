@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from overtone.lab.outcomes import FORMAT, EditOutcome, SequenceKey, whole_sequences
+from overtone.lab.outcomes import FORMAT, EditOutcome, SequenceKey, commands, whole_sequences
 from overtone.lab.records import RecordFile, read_records
 from overtone.lab.sharding import Shard
 
@@ -39,13 +39,10 @@ class ResultsFolder:
         folder.mkdir(parents=True, exist_ok=True)
         self._header = header
         self.done = self._read_all()
+        self._file: RecordFile[EditOutcome] | None = None
         if shard.is_alone:
             self._file = self._open(self.results, self.done)
             self._remove_parts()
-        else:
-            part = folder / PARTS.replace("*", str(shard.rank))
-            _, mine = read_records(part, EditOutcome)
-            self._file = self._open(part, whole_sequences(mine))
 
     @property
     def results(self) -> Path:
@@ -54,6 +51,8 @@ class ResultsFolder:
 
     def append(self, outcomes: Sequence[EditOutcome]) -> None:
         """Add a finished sequence and have it on disk before returning."""
+        if self._file is None:
+            self._file = self._open_part()
         self._file.append(*outcomes)
         self.done[outcomes[0].sequence_key] = list(outcomes)
 
@@ -72,22 +71,31 @@ class ResultsFolder:
         self._remove_parts()
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
+    def _open_part(self) -> RecordFile[EditOutcome]:
+        """With the first edit: the part of a rank without any could outlive the first rank's clearing away."""
+        part = self.folder / PARTS.replace("*", str(self.shard.rank))
+        _, mine = read_records(part, EditOutcome)
+        return self._open(part, whole_sequences(mine))
+
     def _open(self, path: Path, sequences: dict[SequenceKey, list[EditOutcome]]) -> RecordFile[EditOutcome]:
-        file = RecordFile(path, EditOutcome, self._header, may_differ=self._header)
+        # Earlier files have a single "command", which is among the commands by now.
+        file = RecordFile(path, EditOutcome, self._header, may_differ={*self._header, "command"})
         file.rewrite(outcome for outcomes in sequences.values() for outcome in outcomes)
         return file
 
     def _read_all(self) -> dict[SequenceKey, list[EditOutcome]]:
         outcomes: list[EditOutcome] = []
-        for path in (self.results, *sorted(self.folder.glob(PARTS))):
-            header, found = read_records(path, EditOutcome)
+        paths = (*sorted(self.folder.glob(PARTS)), self.results)
+        # The results are read last: a part that has vanished by then is among them.
+        *parts, results = [(path, *read_records(path, EditOutcome)) for path in paths]
+        for path, header, found in (results, *parts):
             if header is not None:
                 self._adopt(path, header)
             outcomes += found
         return whole_sequences(outcomes)
 
     def _adopt(self, path: Path, header: dict[str, Any]) -> None:
-        """Take over what an earlier header says of models and versions that this run does not have, or refuse it."""
+        """Take over an earlier header's commands, and models and versions that this run does not have, or refuse it."""
         if header.get("format") != FORMAT:
             raise ValueError(f"{path} is not a results file of this version of overtone: choose another folder")
         earlier, now = _dependencies(header), _dependencies(self._header)
@@ -102,6 +110,7 @@ class ResultsFolder:
         )
         self._header = {
             **self._header,
+            "commands": list(map(list, dict.fromkeys(map(tuple, commands(header) + commands(self._header))))),
             "versions": {**header["versions"], **self._header["versions"]},
             "models": list({**models, **earlier_models, **models}.values()),
         }
