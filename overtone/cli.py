@@ -92,7 +92,7 @@ def _add_bench(commands: Subcommands) -> None:
         "--preset",
         default="quick",
         help="quick: two methods, three losses, one seed, some minutes; paper-small: every loss on three worlds with "
-        "three seeds and T = 1, 10, 100, about an hour on two cores. The options below change it (default: quick)",
+        "three seeds and T = 1, 10, 100, one to two hours on two cores. The options below change it (default: quick)",
     )
     parser.add_argument("--data", type=_names, help="by commas: short, long, soft, zsre, wikibio, mquake")
     for name, title in (("zsre", "KnowEdit's ZsRE"), ("wikibio", "KnowEdit's WikiBio"), ("mquake", "MQuAKE")):
@@ -232,8 +232,9 @@ def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
             return 0
         outcomes = bench.finish(results)
         written = write_report(results.results, arguments.out)
-    except (OSError, RuntimeError) as error:
-        return _fail(f"{error}; {_RESUMABLE}", exit_code=1)
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:
+        # A MemoryError says nothing but its name.
+        return _fail(f"{str(error) or type(error).__name__}; {_RESUMABLE}", exit_code=1)
     console = Console()
     console.print(overview(load_results(results.results)))
     failed = sum(outcome.error is not None for outcome in outcomes)

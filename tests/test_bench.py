@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from overtone import cli
-from overtone.lab import bench, sequences
+from overtone.lab import bench, results_folder, sequences
 from overtone.lab.bench import Bench, BenchSettings
 from overtone.lab.corpora import CORPORA
 from overtone.lab.easyedit_session import ALGORITHMS
@@ -23,6 +24,7 @@ from overtone.lab.losses import LOSSES, parse_loss
 from overtone.lab.outcomes import read_results
 from overtone.lab.presets import PRESETS, preset
 from overtone.lab.results_folder import CHECKPOINTS, RESULTS
+from overtone.lab.sequences import SequenceTask
 from overtone.lab.sessions import WeightSession
 from overtone.lab.sharding import Shard
 from overtone.lab.world import Probe
@@ -94,7 +96,7 @@ def without_seconds(outcomes):
 def stored(out):
     """The results file without what may differ between two runs of the same grid."""
     header, outcomes = read_results(out / RESULTS)
-    return {**header, "command": None}, without_seconds(outcomes)
+    return {**header, "commands": None}, without_seconds(outcomes)
 
 
 class TestGrid:
@@ -199,7 +201,7 @@ class TestRun:
         assert described["perplexity"] > 1
         assert described["knowledge"].keys() == {"facts"}
         assert "parameters" in described["title"]
-        assert header["command"] == ["overtone", "bench"]
+        assert header["commands"] == [["overtone", "bench"]]
         assert not (tmp_path / CHECKPOINTS).exists()
 
     def test_two_workers_write_the_same(self, model, corpora, tmp_path):
@@ -311,6 +313,29 @@ class TestResume:
         assert [described["seed"] for described in header["models"]] == [0, 1]
         assert header["versions"]["easyedit"] == "abc"
 
+    def test_every_command_is_kept_once(self, model, corpora, tmp_path):
+        """Begun with one command, grown by another, gone on with by the first."""
+        for words, losses in (("first", ("overtone",)), ("second", ("cross_entropy",)), ("first", ("overtone",))):
+            run = Bench(settings(model, losses=losses), tmp_path, shard=ALONE)
+            run.open_results(run.open_models(), command=["overtone", words])
+        header, _ = read_results(tmp_path / RESULTS)
+        assert header["commands"] == [["overtone", "first"], ["overtone", "second"]]
+
+    def test_goes_on_with_a_file_that_names_one_command(self, model, corpora, tmp_path):
+        """As they were before there could be several."""
+        run, results = finish(settings(model), tmp_path)
+        run.finish(results)
+        first, *lines = (tmp_path / RESULTS).read_text().splitlines(keepends=True)
+        header = json.loads(first)
+        del header["commands"]
+        header["command"] = ["overtone", "before"]
+        (tmp_path / RESULTS).write_text("".join([json.dumps(header) + "\n", *lines]))
+        run, results = finish(settings(model), tmp_path)
+        assert run.left(results) == []
+        header, _ = read_results(tmp_path / RESULTS)
+        assert "command" not in header
+        assert header["commands"] == [["overtone", "before"], ["overtone", "bench"]]
+
     def test_refuses_other_edits(self, model, corpora, tmp_path, monkeypatch):
         finish(settings(model), tmp_path)
         edits = MiniCorpus.edits
@@ -338,6 +363,30 @@ class TestShards:
         assert next(waiting) == mine < run.edits_planned
         finish(settings(model), tmp_path, Shard(1, 2))
         assert list(waiting)[-1] == run.edits_planned
+
+    def test_a_rank_with_nothing_left_leaves_no_part(self, model, corpora, tmp_path):
+        """The first rank may have cleared the parts away by the time that it opens the folder."""
+        finish(settings(model), tmp_path)
+        finish(settings(model), tmp_path, Shard(1, 2))
+        assert list(tmp_path.glob("results*")) == [tmp_path / RESULTS]
+
+    def test_parts_that_vanish_are_in_the_results_by_then(self, model, corpora, tmp_path, monkeypatch):
+        """The first rank finishes while another looks at the folder."""
+        for rank in (1, 0):
+            run, results = finish(settings(model), tmp_path, Shard(rank, 2))
+        last, read = Bench(settings(model), tmp_path, shard=Shard(1, 2)), results_folder.read_records
+        models = last.open_models()
+
+        def read_late(path, kind):
+            if (tmp_path / "results.rank0.jsonl").exists():
+                with monkeypatch.context() as patch:
+                    patch.setattr(results_folder, "read_records", read)
+                    results.refresh()
+                    run.finish(results)
+            return read(path, kind)
+
+        monkeypatch.setattr(results_folder, "read_records", read_late)
+        assert last.left(last.open_results(models, command=[])) == []
 
     def test_another_number_of_ranks_goes_on(self, model, corpora, tmp_path):
         """One of three ranks was killed; a single process then has only its part left."""
@@ -424,6 +473,32 @@ class TestCommand:
         assert len(made) == 1 + 3 + 2 * 3, "one edit of the sequence under way, the other sequence, the single edits"
         assert stored(tmp_path) == stored(in_one_go)
         assert not (tmp_path / CHECKPOINTS).exists()
+
+
+class TestErrors:
+    """What a command says that ends after the first edit."""
+
+    @pytest.mark.parametrize(
+        ("error", "message"),
+        [(ValueError("no line"), "no line"), (MemoryError(), "MemoryError"), (OSError(28, "full"), "full")],
+    )
+    def test_a_run_that_ends_can_be_gone_on_with(self, model, corpora, tmp_path, monkeypatch, capsys, error, message):
+        """The edits that were made are on disk."""
+        perform = SequenceTask.perform
+
+        def failing(task, workplace):
+            if task.sequence == 1:
+                raise error
+            return perform(task, workplace)
+
+        monkeypatch.setattr(SequenceTask, "perform", failing)
+        arguments = ("--model", model, "--methods", "ft-m", "--losses", "overtone", "--lengths", "1", "--edits", "2")
+        assert cli.main(["bench", "--out", str(tmp_path), "--workers", "1", *arguments]) == 1
+        said = capsys.readouterr().err
+        assert message in said
+        assert "the same command goes on from there" in said
+        _, outcomes = read_results(tmp_path / RESULTS)
+        assert len(outcomes) == 1
 
 
 class TestNamedModel:
