@@ -180,7 +180,7 @@ def _what_was_run(results: Results) -> Iterator[str]:
         if key in header:
             yield f"- {key.capitalize()}: {_said(header[key])}"
     # Of the edits themselves: the header has the settings of the last command alone.
-    found = {
+    found: dict[str, list[Any]] = {
         "data": [outcome.data for outcome in results.outcomes],
         "seeds": [outcome.seed for outcome in results.outcomes],
         "methods": [outcome.method for outcome in results.outcomes],
