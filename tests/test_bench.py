@@ -378,7 +378,7 @@ class TestShards:
         models = last.open_models()
 
         def read_late(path, kind):
-            if (tmp_path / "results.rank0.jsonl").exists():
+            if path.name == "results.rank0.jsonl" and path.exists():
                 with monkeypatch.context() as patch:
                     patch.setattr(results_folder, "read_records", read)
                     results.refresh()

@@ -182,9 +182,9 @@ def _what_was_run(results: Results) -> Iterator[str]:
     # Of the edits themselves: the header has the settings of the last command alone.
     found: dict[str, list[Any]] = {
         "data": [outcome.data for outcome in results.outcomes],
-        "seeds": [outcome.seed for outcome in results.outcomes],
+        "seeds": sorted({outcome.seed for outcome in results.outcomes}),
         "methods": [outcome.method for outcome in results.outcomes],
-        "lengths": [outcome.length for outcome in results.outcomes],
+        "lengths": sorted({outcome.length for outcome in results.outcomes}),
     }
     yield f"- Settings: {_said({name: list(dict.fromkeys(values)) for name, values in found.items()})}"
     losses = dict.fromkeys(outcome.loss for outcome in results.outcomes)
