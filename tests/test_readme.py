@@ -1,5 +1,6 @@
 """The README's code and commands run as printed, and its numbers are those of the committed results."""
 
+import csv
 import json
 import re
 import shlex
@@ -71,7 +72,56 @@ class TestCommands:
         assert "after" in result.stdout
 
 
+BENCH_LOSSES = {
+    "cross-entropy": "cross_entropy",
+    "CE stopped at 0.1": "early_stopping",
+    "CE stopped at 0.3": "early_stopping:stop_below=0.3",
+    "label smoothing 0.1": "label_smoothing",
+    "OverTone (the paper's)": "overtone",
+    "OverTone, held": "overtone_held",
+    "λ 0.5, held at 0.1 and correct": "overtone:lam=0.5+hold_settled=0.1+hold_correct=true",
+    "λ 0.5, held at 0.2 and correct": "overtone:lam=0.5+hold_settled=0.2+hold_correct=true",
+}
+
+
 class TestNumbers:
+    def test_bench_table_is_the_committed_run(self):
+        """Every average, best threshold and difference of the bench's tables stands in the committed CSV file."""
+        with (ROOT / "examples/results/bench/table1.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row["source"] == "this file"]
+        committed = {(row["data"], row["length"], row["method"], row["loss"]): row for row in rows}
+
+        def percent(row, name):
+            return f"{100 * float(row[name]):.1f}"
+
+        def difference(row):
+            name = "difference to best early stopping"
+            mean, low, high = (f"{100 * float(row[name + end]):+.1f}" for end in ("", " low", " high"))
+            text = f"{mean} [{low}, {high}]"
+            return f"**{text}**" if row[f"{name} clear"] == "True" else text
+
+        section = README[README.index("<!-- bench table -->") : README.index("<!-- end of bench table -->")]
+        checked = 0
+        for table in section.split("\n\n")[1:3]:
+            head, _, *lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
+            method = head[0].lower()
+            for title, *cells in lines:
+                for column, cell in zip(head[1:], cells, strict=True):
+                    data, length = re.fullmatch(r"(\w+), T=(\d+)", column).groups()
+                    default = committed[data, length, method, "early_stopping"]
+                    if title in BENCH_LOSSES:
+                        row = committed.get((data, length, method, BENCH_LOSSES[title]))
+                        expected = "" if row is None else percent(row, "average")
+                    elif "best threshold" in title:
+                        best = committed[data, length, method, default["best early stopping"]]
+                        expected = f"{percent(best, 'average')} (at {best['loss'].partition('=')[2] or '0.1'})"
+                    else:
+                        ours = BENCH_LOSSES["λ 0.5, held at 0.2 and correct"]
+                        expected = difference(committed[data, length, method, ours])
+                    assert cell == expected, (title, column)
+                    checked += 1
+        assert checked == 2 * 10 * 5
+
     def test_demo_table_is_the_committed_run(self):
         """Every mean of the demo's table stands in examples/results/demo.json, and the other way round."""
         summary = json.loads((ROOT / "examples/results/demo.json").read_text())["summary"]
