@@ -113,7 +113,7 @@ def difference(estimate: Estimate, *, is_clear: bool) -> str:
 def signed(share: float) -> str:
     """A difference of shares in points, with as many decimals as tell it from 0."""
     points = 100.0 * share
-    return f"{points:+.1f}" if abs(points) >= 0.05 or points == 0.0 else f"{points:+.1g}"
+    return f"{points:+.1f}" if abs(points) >= 0.05 or abs(points) < 1e-9 else f"{points:+.1g}"
 
 
 def _about(block: Block) -> str:
