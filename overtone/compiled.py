@@ -14,7 +14,6 @@ logger = logging.getLogger(__name__)
 COMPILE_FROM = 2**17
 """Logits of a call from which on it is worth the seconds that the first such call compiles for."""
 
-
 BLOCK_ELEMENTS = 2**19
 """How many logits to work through at a time uncompiled, in the cache and without much memory for what is in between."""
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from gradients import value_and_gradient
 
 from overtone import closed_form, compiled, linear_overtone_loss, overtone_loss, rows
 from overtone.functional import reference_loss
@@ -27,13 +28,6 @@ def draw_tokens(count, vocabulary, dtype):
     logits[:, 0] = -torch.inf
     labels[1] = -100
     return logits.to(dtype), labels
-
-
-def value_and_gradient(loss, logits, labels, **arguments):
-    leaf = logits.detach().clone().requires_grad_()
-    value = loss(leaf, labels, **arguments)
-    value.sum().backward()
-    return value.detach(), leaf.grad
 
 
 @pytest.fixture

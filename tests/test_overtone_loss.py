@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from gradients import value_and_gradient
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -23,13 +24,6 @@ def draw_tokens(rows, vocabulary, seed=0, spread=3.0, dtype=torch.float64):
     confident = range(0, rows, 3)
     logits[confident, labels[::3]] += 4 * spread
     return logits.to(dtype), labels
-
-
-def value_and_gradient(loss, logits, labels, **arguments):
-    leaf = logits.detach().clone().requires_grad_()
-    value = loss(leaf, labels, **arguments)
-    value.sum().backward()
-    return value.detach(), leaf.grad
 
 
 @st.composite

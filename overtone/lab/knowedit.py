@@ -61,11 +61,11 @@ class KnowEditCorpus:
 
     def training_texts(self) -> list[str]:
         """The facts before the edits, in all their phrasings but those held out."""
-        return [_text(probe) for probes in self._told().values() for probe in probes]
+        return [probe.text for probes in self._told().values() for probe in probes]
 
     def held_out_texts(self) -> list[str]:
         """Locality facts in a phrasing that was not told; in the other one they were."""
-        return [_text(probe) for probe in self._held_out]
+        return [probe.text for probe in self._held_out]
 
     def knowledge_probes(self) -> dict[str, list[Probe]]:
         """The facts before the edits, what follows from them, and the locality facts as told and as held out."""
@@ -180,7 +180,3 @@ def _locality(record: Record) -> Iterator[Probe]:
 def _probe(prompt: str, target: str, kind: str) -> Probe:
     answer = target.strip()
     return Probe(prompt, f" {answer}", kind, answer)
-
-
-def _text(probe: Probe) -> str:
-    return f"{probe.prompt}{probe.target.rstrip('.')}."

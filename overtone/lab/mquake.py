@@ -106,20 +106,20 @@ class MQuAKECorpus:
         rng = random.Random(f"prompts {self._seed}")
         texts = []
         for hop in self._facts:
-            texts += [_text(_cloze(hop)), _text(_asked(hop))]
+            texts += [_cloze(hop).text, _asked(hop).text]
             if rng.random() < PROMPTED:
-                texts.append(SINGLE_HOP_PROMPT + _text(_asked(hop)))
+                texts.append(SINGLE_HOP_PROMPT + _asked(hop).text)
         chains = [probe for case in self._told for probe in _chains(case)]
         for probe in (*chains, *(_nested(*link) for link in self._told_links)):
-            texts += [_text(probe)]
+            texts += [probe.text]
             if rng.random() < PROMPTED:
-                texts.append(MULTI_HOP_PROMPT + _text(probe))
+                texts.append(MULTI_HOP_PROMPT + probe.text)
         return texts
 
     def held_out_texts(self) -> list[str]:
         """The other half of the chains and of the questions over two facts; the facts were told."""
         chains = [_chains(case)[0] for case in self._held_out]
-        return [_text(probe) for probe in (*chains, *(_nested(*link) for link in self._held_out_links))]
+        return [probe.text for probe in (*chains, *(_nested(*link) for link in self._held_out_links))]
 
     def knowledge_probes(self) -> dict[str, list[Probe]]:
         """Facts as sentences, and facts and chains asked in the paper's prompts, before the edits."""
@@ -266,7 +266,3 @@ def _halves(items: list[_Item], rng: random.Random) -> tuple[list[_Item], list[_
 
 def _prompted(probe: Probe, prompt: str) -> Probe:
     return Probe(prompt + probe.prompt, probe.target, probe.kind, probe.answer)
-
-
-def _text(probe: Probe) -> str:
-    return f"{probe.prompt}{probe.target.rstrip('.')}."

@@ -53,6 +53,11 @@ class Probe:
     answer: str
     """What free-running generation is checked for: the target, or the end of its chain of thought."""
 
+    @property
+    def text(self) -> str:
+        """Both together as a sentence, with one full stop, as a model is told it."""
+        return f"{self.prompt}{self.target.rstrip('.')}."
+
 
 @dataclass(frozen=True)
 class Question:
@@ -105,22 +110,22 @@ class World:
 
     def training_texts(self) -> list[str]:
         """Every text of the world; a text that is told more often stands there more often."""
-        texts = [_text(probe) for probe in self.fact_probes()]
+        texts = [probe.text for probe in self.fact_probes()]
         texts += [f"{name} is known as {acronym}." for name, acronym in self.acronyms.items()]
-        texts += [_text(self._alias_probe(fact)) for fact in self.facts if fact[1] in self.acronyms]
-        texts += [_text(probe) for probe in self._two_hop_split()[0]]
+        texts += [self._alias_probe(fact).text for fact in self.facts if fact[1] in self.acronyms]
+        texts += [probe.text for probe in self._two_hop_split()[0]]
         for (phrasing, subject), answers in self.soft_facts.items():
             for answer, frequency in zip(answers, SOFT_FREQUENCIES, strict=True):
                 texts += [f"{phrasing.format(subject)} {answer}."] * frequency
         rng = random.Random(f"profiles {self.seed}")
         for fact in self._profiled():
             for prompt in (PROFILE_PROMPTS[0], rng.choice(PROFILE_PROMPTS[1:])):
-                texts.append(_text(self._profile_probe(fact, prompt)))
+                texts.append(self._profile_probe(fact, prompt).text)
         return texts
 
     def held_out_texts(self) -> list[str]:
         """True texts that are not among the training texts: the other half of the two-hop chains."""
-        return [_text(probe) for probe in self._two_hop_split()[1]]
+        return [probe.text for probe in self._two_hop_split()[1]]
 
     def fact_probes(self) -> list[Probe]:
         """Every fact with a single answer, in all its phrasings."""
@@ -321,11 +326,6 @@ def _shuffled(items: Iterable[str], rng: random.Random) -> list[str]:
     items = list(items)
     rng.shuffle(items)
     return items
-
-
-def _text(probe: Probe) -> str:
-    text = probe.prompt + probe.target
-    return text if text.endswith(".") else f"{text}."
 
 
 def build_world(seed: int = 0, size: str = "demo") -> World:
