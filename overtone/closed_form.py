@@ -53,25 +53,31 @@ def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tupl
     scores = logits.to(lam.dtype)
     top = scores.amax(dim=1)
     label = scores.gather(1, labels.unsqueeze(1)).squeeze(1)
-    # Just below the top at most, so that the top itself is always kept.
-    below_top = torch.nextafter(top, torch.full_like(top, -math.inf))
-    threshold = torch.minimum(top - n_sigma * finite_std(scores).squeeze(1), below_top)
+    threshold = top - n_sigma * finite_std(scores).squeeze(1)
     threshold = torch.where(n_sigma == math.inf, -math.inf, threshold)
-    # Weights are exp(logit - top); "rest" is summed over the other tokens, never got by a subtraction.
-    others = torch.where(_is_label(scores, labels), 0, (scores - top.unsqueeze(1)).exp())
-    rest = others.sum(dim=1)
-    kept_rest = torch.where(scores > threshold.unsqueeze(1), others, 0).sum(dim=1)
-    runner_up = others.amax(dim=1)
+    # Weights are exp(logit - top). The top's own, which is always kept, is summed apart from the others: where it is
+    # the label, the weight of all other tokens is then never got by a subtraction from 1.
+    weights = (scores - top.unsqueeze(1)).exp()
+    is_below = scores < top.unsqueeze(1)
+    below_weights = torch.where(is_below, weights, 0)
+    below = below_weights.sum(dim=1)
+    kept_below = torch.where(scores > threshold.unsqueeze(1), below_weights, 0).sum(dim=1)
+    highest_below = below_weights.amax(dim=1)
+    on_top = torch.where(is_below, 0, weights).sum(dim=1)
 
     label_weight = (label - top).exp()
+    label_below = torch.where(label < top, label_weight, 0)
+    label_kept = (label > threshold) | (label == top)
+    kept_label_weight = torch.where(label_kept, label_weight, 0)
+    others_on_top = on_top - (label == top).to(top.dtype)
+    rest = others_on_top + (below - label_below)
+    kept_rest = others_on_top + (kept_below - torch.where(label_kept, label_below, 0))
     total = rest + label_weight
     log_total = torch.log1p(rest + (label_weight - 1))
     label_log_prob = label - top - log_total
-    label_kept = label > threshold
-    kept_label_weight = torch.where(label_kept, label_weight, 0)
     kept = kept_rest + kept_label_weight
     kept_share = kept / total
-    dropped_share = ((rest - kept_rest) + (label_weight - kept_label_weight)) / total
+    dropped_share = (below - kept_below) / total
     label_filtered = kept_label_weight / kept
     label_target = lam + (1 - lam) * label_filtered
 
@@ -83,13 +89,14 @@ def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tupl
         -lam * (rest / total) - (1 - lam) * label_filtered * dropped_share,
         label_weight / total - lam,
     )
-    # The check: a label on top has the runner-up to beat, any other the top.
-    rival = torch.where(label < top, 1, runner_up) / kept
+    rival = torch.where(others_on_top > 0, 1, highest_below) / kept
     is_mixed = (label_target > (1 - lam) * rival) | (check == 0)
     kl = torch.where(is_mixed, mixture_kl, -label_log_prob)
     kept_factor = torch.where(is_mixed, (lam - dropped_share) / kept_share, 1)
     label_gradient = torch.where(is_mixed, mixture_gradient, -rest / total)
-    is_first_choice = ((label == top) & (runner_up < 1)).to(kl.dtype)
+    is_first_choice = ((label == top) & (others_on_top == 0)).to(kl.dtype)
+    # Just below the top at most, so that the gradient keeps the top too without knowing it.
+    threshold = torch.minimum(threshold, torch.nextafter(top, torch.full_like(top, -math.inf)))
     return kl.clamp(min=0), torch.stack([top + log_total, threshold, kept_factor, label_gradient, is_first_choice])
 
 
@@ -105,11 +112,6 @@ def write_gradient_of_rows(logits: Tensor, labels: Tensor, coefficients: Tensor,
     scores, scale = logits.to(coefficients.dtype), grad_kl.unsqueeze(1)
     log_normaliser, threshold, kept_factor, label_gradient, _ = coefficients.unsqueeze(2)
     others = (scores - log_normaliser).exp() * torch.where(scores > threshold, kept_factor * scale, scale)
-    gradient = torch.where(_is_label(scores, labels), label_gradient * scale, others)
-    out.copy_(torch.where(scale == 0, 0, gradient))
-
-
-def _is_label(scores: Tensor, labels: Tensor) -> Tensor:
-    # In 32 bits, which vector units compare as fast as they load float32.
-    tokens = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)
-    return tokens == labels.to(torch.int32).unsqueeze(1)
+    out.copy_(torch.where(scale == 0, 0, others))
+    own = torch.where(scale == 0, 0, label_gradient * scale)
+    out.scatter_(1, labels.unsqueeze(1), own.to(out.dtype))

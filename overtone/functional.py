@@ -6,6 +6,8 @@ Source: Liu et al., "Mitigating Heterogeneous Token Overfitting in LLM Knowledge
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -34,18 +36,18 @@ __all__ = [
 
 
 def finite_std(logits: Tensor) -> Tensor:
-    """Unbiased standard deviation of each row's finite logits.
+    """Unbiased standard deviation of each row's logits, without those at ``-inf``.
 
     Args:
         logits: ``(..., V)``, float32 or float64.
 
     Returns:
-        ``(..., 1)``; 0 where fewer than two logits are finite.
+        ``(..., 1)``; 0 where fewer than two logits are above ``-inf``.
     """
-    finite = logits.isfinite()
-    count = finite.sum(dim=-1, keepdim=True)
-    mean = logits.masked_fill(~finite, 0).sum(dim=-1, keepdim=True) / count.clamp(min=1)
-    squares = (logits - mean).masked_fill(~finite, 0).square().sum(dim=-1, keepdim=True)
+    counted = logits > -math.inf
+    count = counted.sum(dim=-1, keepdim=True, dtype=torch.int32)
+    mean = torch.where(counted, logits, 0).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+    squares = torch.where(counted, logits - mean, 0).square().sum(dim=-1, keepdim=True)
     return (squares / (count - 1).clamp(min=1)).sqrt()
 
 

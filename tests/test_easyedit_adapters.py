@@ -14,10 +14,12 @@ import pytest
 import tiny_models
 import torch
 import yaml
+from gradients import value_and_gradient
 
 import overtone.easyedit
-from overtone import OverToneConfig
+from overtone import OverToneConfig, overtone_loss
 from overtone.easyedit import SeamError
+from overtone.easyedit.hparams import choose
 from overtone.easyedit.model_loss import innermost, model_loss, takes_loss_function
 from overtone.easyedit.patching import Patches
 from overtone.functional import reference_loss
@@ -368,6 +370,32 @@ class TestThreads:
         for thread in threads:
             thread.join()
         assert losses == {1.0: [1, 1, 1], 2.0: [2, 2, 2]}
+
+
+class TestEditLoss:
+    """One evaluation gives the values, and what a hold is decided on."""
+
+    @pytest.mark.parametrize("hold_correct", [False, True])
+    def test_is_overtone_loss(self, hold_correct):
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(40, 30, generator=generator)
+        labels = torch.randint(30, (40,), generator=generator)
+        logits[torch.arange(40), labels] += torch.linspace(0, 8, 40)
+        settings = {"epsilon": 0.5, "lam": 0.3, "hold_correct": hold_correct}
+        edit_loss = choose({"name": "overtone", "n_sigma": 0.5, **settings}, "ft-m").loss
+        value, gradient = value_and_gradient(lambda s, y: edit_loss(s, y, may_hold=False)[0], logits, labels)
+        exact, exact_gradient = value_and_gradient(
+            overtone_loss, logits, labels, reduction="none", n_sigma=0.5, **settings
+        )
+        assert (exact == 0.5).any()
+        torch.testing.assert_close(value, exact, rtol=0, atol=0)
+        torch.testing.assert_close(gradient, exact_gradient, rtol=0, atol=0)
+
+    def test_waits_for_the_first_choice(self):
+        logits = torch.tensor([[2.0, 2.1, -9.0, -9.0]])
+        hold = {"name": "overtone", "epsilon": 2.0, "hold_settled": True}
+        assert choose(hold, "ft-m").loss(logits.requires_grad_(), torch.tensor([0]))[1]
+        assert not choose({**hold, "hold_correct": True}, "ft-m").loss(logits, torch.tensor([0]))[1]
 
 
 class TestModelLoss:

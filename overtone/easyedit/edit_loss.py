@@ -24,16 +24,14 @@ class EditLoss:
 
     Attributes:
         description: for the log.
-        token_loss: the values that are minimised.
-        distance: what a hold is decided on, in nats, unclipped; None where the loss cannot be held.
-        settled_below: a token is settled below this distance, in nats.
+        token_loss: what each token is away from its target, unclipped.
+        settled_below: a token whose loss is below it is settled: a constant, without a gradient.
         hold: as `overtone.overtone_loss`'s hold_settled.
         hold_correct: as there.
     """
 
     description: str
     token_loss: TokenLoss
-    distance: TokenLoss | None = None
     settled_below: float = 0.0
     hold: Hold = False
     hold_correct: bool = False
@@ -44,17 +42,23 @@ class EditLoss:
         Raises:
             ValueError: if the loss did not return one value a token.
         """
-        values = self.token_loss(logits, labels)
-        if not isinstance(values, Tensor) or values.shape != labels.shape:
-            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        unclipped = self.token_loss(logits, labels)
+        if not isinstance(unclipped, Tensor) or unclipped.shape != labels.shape:
+            got = tuple(unclipped.shape) if isinstance(unclipped, Tensor) else type(unclipped).__name__
             raise ValueError(
                 f"token_loss must return one loss a token, shape {tuple(labels.shape)} for logits "
                 f"{tuple(logits.shape)}, got {got}: leave the reduction to the trainer"
             )
-        if not may_hold or self.hold is False or self.distance is None:
+        correct = ground_truth_check(logits.detach(), labels) if self.hold_correct else None
+        values = self._clipped(unclipped, correct)
+        if not may_hold or self.hold is False:
             return values, False
         refuse_hold_when_distributed(self.hold)
-        with torch.no_grad():
-            distance = self.distance(logits, labels)
-            correct = ground_truth_check(logits, labels) if self.hold_correct else None
-        return values, release_when_held(values, distance, self.settled_below, self.hold, correct) is not values
+        held = release_when_held(values, unclipped.detach(), self.settled_below, self.hold, correct) is not values
+        return values, held
+
+    def _clipped(self, unclipped: Tensor, correct: Tensor | None) -> Tensor:
+        if self.settled_below == 0:
+            return unclipped
+        settled = unclipped < self.settled_below
+        return torch.where(settled if correct is None else settled & correct, self.settled_below, unclipped)

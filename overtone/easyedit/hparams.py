@@ -94,12 +94,11 @@ def _overtone(options: dict[str, Any], method: str) -> EditLoss:
     names = [field.name for field in fields(OverToneConfig)]
     changes = {"hold_settled": DEFAULT_HOLD[method], **_known(options, names, "overtone")}
     config = OverToneConfig.preset(method, **changes)
-    settings = {**config.as_kwargs(), "hold_settled": False}
+    settings = {**config.as_kwargs(), "epsilon": 0, "hold_settled": False, "hold_correct": False}
     return EditLoss(
         f"overtone (epsilon={config.epsilon}, n_sigma={config.n_sigma}, lam={config.lam}, check={config.check}, "
         f"hold_settled={config.hold_settled}, hold_correct={config.hold_correct})",
         partial(overtone_loss, reduction="none", **settings),
-        distance=partial(overtone_loss, reduction="none", **{**settings, "epsilon": 0}),
         settled_below=config.epsilon,
         hold=config.hold_settled,
         hold_correct=config.hold_correct,
@@ -112,7 +111,7 @@ def _cross_entropy(options: dict[str, Any], method: str) -> EditLoss | None:
     if hold is False:
         return None
     loss = partial(_smoothed, smoothing=0.0)
-    return EditLoss(f"cross_entropy (hold_settled={hold})", loss, distance=loss, hold=hold)
+    return EditLoss(f"cross_entropy (hold_settled={hold})", loss, hold=hold)
 
 
 def _label_smoothing(options: dict[str, Any], method: str) -> EditLoss:
@@ -122,7 +121,7 @@ def _label_smoothing(options: dict[str, Any], method: str) -> EditLoss:
         raise ValueError(f"{KEY}: smoothing must be a number in [0, 1], got {smoothing!r}")
     hold = _mean_hold(options, "label_smoothing")
     loss = partial(_smoothed, smoothing=smoothing)
-    return EditLoss(f"label_smoothing (smoothing={smoothing}, hold_settled={hold})", loss, distance=loss, hold=hold)
+    return EditLoss(f"label_smoothing (smoothing={smoothing}, hold_settled={hold})", loss, hold=hold)
 
 
 _READERS: dict[str, Callable[[dict[str, Any], str], EditLoss | None]] = {
