@@ -354,7 +354,7 @@ class TestShards:
         assert list(run.wait_for_others(results)) == [run.edits_planned]
         run.finish(results)
         assert stored(tmp_path / "ranks") == stored(tmp_path / "alone")
-        assert [path.name for path in (tmp_path / "ranks").iterdir()] == [RESULTS]
+        assert [path.name for path in (tmp_path / "ranks").iterdir() if path.suffix != ".lock"] == [RESULTS]
 
     def test_the_first_rank_waits_for_the_others(self, model, corpora, tmp_path):
         run, results = finish(settings(model), tmp_path, Shard(0, 2))
@@ -363,6 +363,13 @@ class TestShards:
         assert next(waiting) == mine < run.edits_planned
         finish(settings(model), tmp_path, Shard(1, 2))
         assert list(waiting)[-1] == run.edits_planned
+
+    def test_a_folder_that_is_being_written_to_is_refused(self, model, corpora, tmp_path):
+        run, results = finish(settings(model), tmp_path)
+        with pytest.raises(ValueError, match="another run is writing to"):
+            finish(settings(model), tmp_path)
+        run.finish(results)
+        finish(settings(model), tmp_path)
 
     def test_a_rank_with_nothing_left_leaves_no_part(self, model, corpora, tmp_path):
         """The first rank may have cleared the parts away by the time that it opens the folder."""

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from overtone.lab.outcomes import FORMAT, EditOutcome, SequenceKey, commands, whole_sequences
 from overtone.lab.records import RecordFile, read_records
 from overtone.lab.sharding import Shard
@@ -30,13 +32,15 @@ class ResultsFolder:
             shard: which file this process writes.
 
         Raises:
-            ValueError: the folder holds another run's results, which stay as they are, or something else.
+            ValueError: the folder holds another run's results, which stay as they are, or something else; or another
+                process is writing to it.
             OSError: the folder cannot be made or written to.
         """
         self.folder = folder
         self.shard = shard
         self.checkpoints = folder / CHECKPOINTS
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(folder, shard)
         self._header = header
         self.done = self._read_all()
         self._file: RecordFile[EditOutcome] | None = None
@@ -70,6 +74,7 @@ class ResultsFolder:
         self._open(self.results, ordered)
         self._remove_parts()
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self._lock.release()
 
     def _open_part(self) -> RecordFile[EditOutcome]:
         """With the first edit: the part of a rank without any could outlive the first rank's clearing away."""
@@ -118,6 +123,16 @@ class ResultsFolder:
     def _remove_parts(self) -> None:
         for part in self.folder.glob(PARTS):
             part.unlink(missing_ok=True)
+
+
+def _lock(folder: Path, shard: Shard) -> FileLock:
+    """Held until the run is finished, or its process has ended in whatever way."""
+    lock = FileLock(folder / f".rank{shard.rank}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another run is writing to {folder}: wait for its end, or choose another folder") from None
+    return lock
 
 
 def _dependencies(header: dict[str, Any]) -> dict[str, Any]:
