@@ -46,6 +46,7 @@ class TestAgainstTwoSteps:
             {"n_sigma": None, "lam": 0.5},
             {"check": False, "n_sigma": 2.0},
             {"epsilon": 0, "lam": 1},
+            {"epsilon": 30.0, "hold_correct": True},
         ],
         ids=str,
     )
