@@ -112,6 +112,7 @@ def write_gradient_of_rows(logits: Tensor, labels: Tensor, coefficients: Tensor,
     scores, scale = logits.to(coefficients.dtype), grad_kl.unsqueeze(1)
     log_normaliser, threshold, kept_factor, label_gradient, _ = coefficients.unsqueeze(2)
     others = (scores - log_normaliser).exp() * torch.where(scores > threshold, kept_factor * scale, scale)
-    out.copy_(torch.where(scale == 0, 0, others))
-    own = torch.where(scale == 0, 0, label_gradient * scale)
-    out.scatter_(1, labels.unsqueeze(1), own.to(out.dtype))
+    # In 32 bits, which vector units compare as fast as they load float32. A scatter would pass over out once more.
+    tokens = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)
+    is_label = tokens == labels.to(torch.int32).unsqueeze(1)
+    out.copy_(torch.where(scale == 0, 0, torch.where(is_label, label_gradient * scale, others)))
