@@ -31,7 +31,13 @@ def check_hyperparameters(
     for name, value in (("check", check), ("hold_correct", hold_correct)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
-    check_hold(hold_settled)
+    if not isinstance(hold_settled, bool) and hold_settled == math.inf:
+        if not hold_correct:
+            raise ValueError(
+                "hold_settled=inf would hold every call: pass hold_correct=True with it, or a number of nats"
+            )
+    else:
+        check_hold(hold_settled)
 
 
 def check_hold(hold_settled: bool | float) -> None:

@@ -62,7 +62,7 @@ def overtone_loss(
             in a step without gradients, so use it with float32 or bfloat16, not with float16 autocast.
         hold_correct: beyond the paper. True: a token is settled, and a call held, only where the label is strictly the
             model's first choice. Otherwise a token can be let go while another one is still a little more probable, and
-            a mean hides single tokens.
+            a mean hides single tokens. With ``hold_settled=math.inf`` this alone decides about holding.
 
     Returns:
         A scalar, or ``(...)`` for reduction "none"; float64 for float64 logits, else float32.

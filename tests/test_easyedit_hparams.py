@@ -51,6 +51,12 @@ class TestHold:
         assert loss(LOGITS, LABELS)[1] is False
         assert loss(LOGITS, LOGITS.argmax(dim=-1))[1] is True
 
+    def test_recommended(self):
+        """LoRA's waits for first choices alone, however far their distributions are."""
+        loss = choose("overtone_recommended", "lora").loss
+        assert loss(LOGITS, LABELS)[1] is False
+        assert loss(LOGITS, LOGITS.argmax(dim=-1))[1] is True
+
     def test_cross_entropy_at_a_mean(self):
         loss = choose({"name": "cross_entropy", "hold_settled": 100}, "lora").loss
         values, held = loss(LOGITS, LABELS)

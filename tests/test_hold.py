@@ -235,6 +235,14 @@ class TestHoldCorrect:
                 loss.backward()
                 assert (leaf.grad is not None) == (is_free and hold_correct)
 
+    def test_first_choices_alone(self):
+        """At hold_settled=inf no distance counts, only whether every label is the first choice."""
+        for winner, is_held in ((2.1, False), (1.9, True)):
+            leaf = torch.tensor([[2.0, winner, 0.0]], requires_grad=True)
+            settings = {"epsilon": 0.0, "hold_settled": float("inf"), "hold_correct": True}
+            overtone_loss(leaf, torch.tensor([0]), **settings).backward()
+            assert (leaf.grad is None) == is_held
+
     def test_ignored_tokens_are_not_waited_for(self):
         """What is no label need not be right."""
         leaf = self.LOGITS.clone().requires_grad_()

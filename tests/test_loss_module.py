@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from overtone import OverToneConfig, OverToneLoss, overtone_loss
+from overtone.loss import RECOMMENDED
 
 LOGITS = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, -100, 3, 4, 2])
@@ -32,6 +33,16 @@ class TestConfig:
         with pytest.raises(ValueError, match=r"method must be one of \['ft-m', 'lora', 'melo', 'wise'\], got 'rome'"):
             OverToneConfig.preset("rome")
 
+    @pytest.mark.parametrize("method", RECOMMENDED)
+    def test_recommended_settings_can_be_changed(self, method):
+        """They wait for first choices, unlike the paper's."""
+        assert OverToneConfig.recommended(method).hold_correct
+        assert OverToneConfig.recommended(method, epsilon=0.3).epsilon == 0.3
+
+    def test_nothing_is_recommended_for_an_unknown_method(self):
+        with pytest.raises(ValueError, match=r"method must be one of \['ft-m', 'lora', 'melo', 'wise'\], got 'rome'"):
+            OverToneConfig.recommended("rome")
+
     def test_frozen(self):
         """Settings do not change under a running loss."""
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -44,6 +55,8 @@ class TestConfig:
             ({"n_sigma": 0}, ValueError),
             ({"lam": 2}, ValueError),
             ({"hold_settled": -0.5}, ValueError),
+            ({"hold_settled": float("inf")}, ValueError),
+            ({"hold_settled": float("nan"), "hold_correct": True}, ValueError),
             ({"epsilon": "0.1"}, TypeError),
             ({"check": 1}, TypeError),
         ],

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from overtone import OverToneConfig, overtone_loss
 from overtone.functional import reference_loss
 from overtone.lab.losses import ABLATIONS, EARLY_STOPPING_THRESHOLDS, LOSSES, parse_loss
-from overtone.loss import PRESETS
+from overtone.loss import PRESETS, RECOMMENDED
 
 
 def tokens(seed=0):
@@ -36,6 +36,7 @@ class TestParseLoss:
                 "overtone:epsilon=0.05+lam=0.5+hold_settled=0.1",
             ),
             ("overtone:hold_settled=1", "overtone:hold_settled=1"),
+            ("overtone:hold_settled=inf+hold_correct=true", "overtone:hold_settled=inf+hold_correct=true"),
             ("overtone:n_sigma=None", "overtone:n_sigma=none"),
             ("overtone:dynamic=false+epsilon=0.0", "overtone:epsilon=0+dynamic=false"),
             ("overtone:epsilon=0.123456789", "overtone:epsilon=0.123456789"),
@@ -51,10 +52,14 @@ class TestParseLoss:
         assert parse_loss("overtone:lam=0.5").config(method) == OverToneConfig.preset(method, lam=0.5)
         assert parse_loss("cross_entropy").config(method) is None
 
+    @pytest.mark.parametrize("method", RECOMMENDED)
+    def test_recommended_settings_are_of_the_method_too(self, method):
+        assert parse_loss("overtone_recommended").config(method) == OverToneConfig.recommended(method)
+
     def test_losses_have_titles_of_their_own(self):
         specs = [*LOSSES, *ABLATIONS, *(f"early_stopping:stop_below={value}" for value in EARLY_STOPPING_THRESHOLDS)]
         losses = {parse_loss(spec).name: parse_loss(spec).title for spec in specs}
-        assert len(set(losses.values())) == len(losses) == 5 + 6 + 4
+        assert len(set(losses.values())) == len(losses) == 6 + 6 + 4
 
     def test_ablations_leave_out_a_part_of_overtone_each(self):
         """Canonical specs, so that they meet the rows of results; neither OverTone itself nor its hold is one."""
@@ -78,6 +83,8 @@ class TestParseLoss:
             ("overtone:lam=2", "lam must be a number in .0, 1., got 2"),
             ("overtone:lam=much", "lam must be a number in .0, 1., got 'much'"),
             ("overtone:check=1", "check must be True or False, got 1"),
+            ("overtone_recommended:lam=1", "unknown field 'lam': overtone_recommended takes no settings"),
+            ("overtone:hold_settled=inf", "hold_settled=inf would hold every call: pass hold_correct=True"),
             ("overtone:hold_settled=-1", "hold_settled must be .*, got -1"),
             ("overtone:dynamic=1", "dynamic must be true or false, got 1"),
             ("early_stopping:stop_below=0", "stop_below must be a finite number above 0, got 0"),

@@ -20,10 +20,12 @@ from overtone.easyedit.edit_loss import EditLoss
 from overtone.hold import Hold
 
 KEY = "token_loss"
-NAMES = ("overtone", "cross_entropy", "label_smoothing")
+NAMES = ("overtone", "overtone_recommended", "cross_entropy", "label_smoothing")
 
 DEFAULT_HOLD: dict[str, Hold] = {"ft-m": True, "lora": True, "melo": True, "wise": True}
 """When an edit needs nothing more, by method; chosen by measurement, see examples/easyedit/results."""
+
+_FIELDS = [field.name for field in fields(OverToneConfig)]
 
 WISE_OPTIONS = ("activation_scale", "context_templates")
 PAPER_ACTIVATION_SCALE = 0.6
@@ -66,9 +68,9 @@ def choose(value: object, method: str) -> Choice:
     loss = _READERS[name](options, method)
     if method != "wise":
         return Choice(loss)
-    paper = name == "overtone"
-    scale = wise.get("activation_scale", PAPER_ACTIVATION_SCALE if paper else 1.0)
-    templates = wise.get("context_templates", not paper)
+    is_overtone = name in ("overtone", "overtone_recommended")
+    scale = wise.get("activation_scale", PAPER_ACTIVATION_SCALE if is_overtone else 1.0)
+    templates = wise.get("context_templates", not is_overtone)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f"{KEY}: activation_scale must be a number above 0, got {scale!r}")
     if not isinstance(templates, bool):
@@ -91,9 +93,15 @@ def floats_from_strings(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _overtone(options: dict[str, Any], method: str) -> EditLoss:
-    names = [field.name for field in fields(OverToneConfig)]
-    changes = {"hold_settled": DEFAULT_HOLD[method], **_known(options, names, "overtone")}
-    config = OverToneConfig.preset(method, **changes)
+    changes = {"hold_settled": DEFAULT_HOLD[method], **_known(options, _FIELDS, "overtone")}
+    return _held_overtone(OverToneConfig.preset(method, **changes))
+
+
+def _overtone_recommended(options: dict[str, Any], method: str) -> EditLoss:
+    return _held_overtone(OverToneConfig.recommended(method, **_known(options, _FIELDS, "overtone_recommended")))
+
+
+def _held_overtone(config: OverToneConfig) -> EditLoss:
     settings = {**config.as_kwargs(), "epsilon": 0, "hold_settled": False, "hold_correct": False}
     return EditLoss(
         f"overtone (epsilon={config.epsilon}, n_sigma={config.n_sigma}, lam={config.lam}, check={config.check}, "
@@ -126,6 +134,7 @@ def _label_smoothing(options: dict[str, Any], method: str) -> EditLoss:
 
 _READERS: dict[str, Callable[[dict[str, Any], str], EditLoss | None]] = {
     "overtone": _overtone,
+    "overtone_recommended": _overtone_recommended,
     "cross_entropy": _cross_entropy,
     "label_smoothing": _label_smoothing,
 }

@@ -119,8 +119,8 @@ def loss_styles(losses: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour, dashes and label of each loss.
 
     A loss that the lab knows looks the same in every figure, in a colour that no other has in the figures of
-    `overtone.lab.bench_figures`. Others follow in their order, the first three in colours of their own, too; no two of
-    the first eleven look alike.
+    `overtone.lab.bench_figures`. Others follow in their order, the first two in colours of their own, too; no two of
+    the first ten look alike.
 
     Args:
         losses: specs.

@@ -29,6 +29,7 @@ class NamedLoss:
         name: the canonical spec.
         title: what tables and figures say.
         overtone: the fields of `OverToneConfig` that differ from the editing method's preset; None: cross-entropy.
+        is_recommended: they differ from what is recommended for the method, rather than from the paper's preset.
         is_dynamic: OverTone's target follows the model; otherwise it stays what the model before the edit gives.
         label_smoothing: of cross-entropy.
         stop_below: end the edit once the loss is below this value; None: run all steps.
@@ -37,6 +38,7 @@ class NamedLoss:
     name: str
     title: str
     overtone: Mapping[str, Any] | None = field(default=None, hash=False)
+    is_recommended: bool = False
     is_dynamic: bool = True
     label_smoothing: float = 0.0
     stop_below: float | None = None
@@ -47,7 +49,10 @@ class NamedLoss:
         Args:
             preset: the method's name in `overtone.loss.PRESETS` (the paper's epsilon depends on the method).
         """
-        return None if self.overtone is None else OverToneConfig.preset(preset, **self.overtone)
+        if self.overtone is None:
+            return None
+        settings = OverToneConfig.recommended if self.is_recommended else OverToneConfig.preset
+        return settings(preset, **self.overtone)
 
     def build(self, preset: str) -> TokenLoss:
         """The token loss of one edit with a method; build a new one for every edit."""
@@ -82,6 +87,7 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
     "label_smoothing": ("label_smoothing",),
     "overtone": _OVERTONE_FIELDS,
     "overtone_held": _OVERTONE_FIELDS,
+    "overtone_recommended": (),
 }
 """The names that a spec begins with, and the fields that each takes."""
 
@@ -97,6 +103,7 @@ _TITLES: Mapping[str, str] = {
     "cross_entropy": "cross-entropy",
     "overtone": "OverTone",
     "overtone_held": "OverTone, held",
+    "overtone_recommended": "OverTone, recommended",
     "overtone:epsilon=0": "OverTone w/o clip",
     "overtone:n_sigma=none": "OverTone w/o flt",
     "overtone:check=false": "OverTone w/o chk",
@@ -147,6 +154,8 @@ def parse_loss(spec: str) -> NamedLoss:
     _check(spec, given)
     canonical = _canonical(name, given)
     title = _TITLES.get(canonical) or _title(name, given)
+    if name == "overtone_recommended":
+        return NamedLoss(canonical, title, overtone={}, is_recommended=True)
     if name == "overtone":
         is_dynamic = given.pop("dynamic", True)
         return NamedLoss(canonical, title, overtone=given, is_dynamic=is_dynamic)
@@ -210,9 +219,7 @@ def _title(name: str, given: Mapping[str, Any]) -> str:
     return ", ".join(["OverTone", *sorted(parts, key=lambda part: part != "held")])
 
 
-_DEMO_LOSSES = ("cross_entropy", "early_stopping", "label_smoothing", "overtone", "overtone_held")
-
-LOSSES: dict[str, NamedLoss] = {name: parse_loss(name) for name in _DEMO_LOSSES}
+LOSSES: dict[str, NamedLoss] = {name: parse_loss(name) for name in _FIELDS}
 """The losses with the settings that they have by default."""
 
 
