@@ -59,7 +59,7 @@ class TestWriteReport:
         assert written[0] == folder / "report.md"
         assert sorted(written) == sorted(path for path in folder.rglob("*") if path.is_file())
         names = {path.name for path in written}
-        assert names >= {"table1.csv", "table2.csv", "table3.csv", "forgetting.csv"}
+        assert names >= {"table1.csv", "table2.csv", "table3.csv", "table4.csv", "forgetting.csv"}
         assert names >= {"overfitting-zsre-lora.png", "lengths-lora.svg", "forgetting-lora.png"}
 
     def test_sections(self, rendered):
@@ -73,6 +73,7 @@ class TestWriteReport:
             "## Table 1: editing",
             "## Table 2: questions that need the edited fact",
             "## Table 3: OverTone without its parts",
+            "## Table 4: one setting for everything",
             "## Figures 1 and 2: overfitting",
             "## Figure 3: the average by edits in a row",
             "## Forgetting",

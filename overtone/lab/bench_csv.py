@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from overtone.lab.bench_figures import ForgettingPoint
+from overtone.lab.bench_overall import EVERY_THRESHOLD, ONE_THRESHOLD, Overall
 from overtone.lab.bench_tables import Block
 from overtone.lab.paper import PaperRow
 from overtone.lab.summary import Estimate
@@ -40,6 +41,22 @@ def table_csv(blocks: Sequence[Block], paper_rows: Callable[[Block, str], Sequen
             for paper_row in paper_rows(block, row.loss):
                 values = {name: round(value / 100.0, 6) for name, value in paper_row.values.items()}
                 lines.append({**where, "source": f"paper, {paper_row.source}", **values})
+    return _csv(lines)
+
+
+def overall_csv(tables: Iterable[Overall]) -> str:
+    """Each loss over all data and lengths of a method."""
+    lines: list[dict[str, Any]] = []
+    for table in tables:
+        columns = "; ".join(f"{data} T={length}" for data, length in table.cells)
+        for row in table.rows:
+            line: dict[str, Any] = {"method": table.method, "scope": table.scope, "columns": columns, "loss": row.loss}
+            line |= {"average": row.average, ONE_THRESHOLD: table.one_threshold}
+            line |= {EVERY_THRESHOLD: "; ".join(table.thresholds), "units": table.units}
+            for title, found in row.differences.items():
+                line |= _numbers(f"difference to {title}", found)
+                line[f"difference to {title} clear"] = table.is_clear(found)
+            lines.append(line)
     return _csv(lines)
 
 

@@ -6,7 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from overtone.lab.bench_markdown import EDITING_COLUMNS, markdown_line, question_columns, tables_by_data
+from overtone.lab.bench_markdown import (
+    EDITING_COLUMNS,
+    markdown_line,
+    overall_tables,
+    question_columns,
+    tables_by_data,
+)
+from overtone.lab.bench_overall import Overall
 from overtone.lab.bench_results import Results
 from overtone.lab.bench_tables import BASELINES, ENOUGH_UNITS, FEWEST_SEQUENCES, Block, is_early_stopping
 from overtone.lab.comparison import RESAMPLES
@@ -38,6 +45,7 @@ def document(
     editing: Sequence[Block],
     questions: Sequence[Block],
     ablations: Sequence[Block],
+    one_setting: Sequence[Overall],
     images: Mapping[str, Sequence[str]],
     *,
     source: str,
@@ -50,6 +58,7 @@ def document(
         editing: the blocks of Table 1.
         questions: of Table 2.
         ablations: of Table 3.
+        one_setting: of Table 4.
         images: kind of figure to its files, relative to the report.
         source: name of the results file.
         tables: names of the CSV files.
@@ -76,6 +85,9 @@ def document(
     if ablations:
         lines += ["## Table 3: OverTone without its parts", "", _ABLATIONS, ""]
         lines += tables_by_data(ablations, EDITING_COLUMNS, ablation_paper)
+    if one_setting:
+        lines += ["## Table 4: one setting for everything", "", _ONE_SETTING, ""]
+        lines += overall_tables(one_setting)
     for kind, (title, caption) in _FIGURES.items():
         if images[kind]:
             lines += [f"## {title}", "", caption, ""]
@@ -152,6 +164,14 @@ _ABLATIONS = """\
 w/o clip: epsilon = 0; w/o dyn: the target is mixed from the model before the edit; w/o chk: the mixture is used
 whatever token it favours; w/o flt: no filter of the tail; mixing only: neither clipping nor check; clipping only:
 lam = 1. Differences are to OverTone as in the paper."""
+
+_ONE_SETTING = f"""\
+Each loss with one setting over several data and lengths: the mean of its averages in Table 1's columns, which weigh
+alike. It is compared to the early stop that is best on that mean, and to the one that is best in each column, as if it
+were known beforehand; both are chosen on the same edits, which favours them. The same facts are edited singly and in
+rows, so groups as long as the longest sequence are resampled, the same in every column, and the intervals stretched as
+in Table 1. Columns of fewer than {ENOUGH_UNITS} sequences are left out, and so are losses that a column does not
+have."""
 
 _FIGURES: Mapping[str, tuple[str, str]] = {
     "overfitting": (

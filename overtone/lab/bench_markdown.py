@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from overtone.lab.bench_overall import EVERY_THRESHOLD, ONE_THRESHOLD, Overall
 from overtone.lab.bench_tables import (
     AVERAGE,
     BEST_BASELINE,
@@ -46,6 +47,33 @@ EDITING_COLUMNS: Mapping[str, Column] = {
     "perplexity": Column("Perplexity", factor=1.0, decimals=2, interval_decimals=None),
     "steps": Column("Steps", factor=1.0, interval_decimals=None),
 }
+
+
+def overall_tables(tables: Sequence[Overall]) -> Iterator[str]:
+    """Lines: a table per method and scope."""
+    for table in tables:
+        cells = "; ".join(
+            f"{data_title(data)}, {length_title(length)} ({loss_title(threshold)})"
+            for (data, length), threshold in zip(table.cells, table.thresholds, strict=True)
+        )
+        yield (
+            f"**{method_title(table.method)}, {table.scope}** ({table.units} groups of edits resampled; best single "
+            f"threshold: {loss_title(table.one_threshold)}). Columns, with the best threshold of each: {cells}."
+        )
+        yield ""
+        yield markdown_line(
+            ["Loss", "Average", *(f"Difference to {rival}" for rival in (ONE_THRESHOLD, EVERY_THRESHOLD))]
+        )
+        yield markdown_line(["---", "---:", "---:", "---:"])
+        for row in sorted(table.rows, key=lambda row: -row.average):
+            differences = (
+                difference(row.differences[rival], is_clear=table.is_clear(row.differences[rival]))
+                if rival in row.differences
+                else "reference"
+                for rival in (ONE_THRESHOLD, EVERY_THRESHOLD)
+            )
+            yield markdown_line([loss_title(row.loss), f"{100 * row.average:.1f}", *differences])
+        yield ""
 
 
 def question_columns(blocks: Sequence[Block]) -> dict[str, Column]:

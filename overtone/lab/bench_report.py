@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from overtone.lab.bench_csv import forgetting_csv, table_csv
+from overtone.lab.bench_csv import forgetting_csv, overall_csv, table_csv
 from overtone.lab.bench_document import ablation_paper, document, editing_paper, question_paper
 from overtone.lab.bench_figures import draw_figures, forgetting
+from overtone.lab.bench_overall import overall
 from overtone.lab.bench_results import load_results
 from overtone.lab.bench_tables import ablation_blocks, editing_blocks, question_blocks
 from overtone.lab.records import write_atomically
@@ -34,6 +35,7 @@ def write_report(results_path: Path, out_folder: Path) -> list[Path]:
     editing = editing_blocks(results.outcomes)
     questions = question_blocks(results.outcomes)
     ablations = ablation_blocks(results.outcomes)
+    one_setting = overall(results.outcomes)
     points = forgetting(results.outcomes)
 
     (out_folder / FIGURES).mkdir(parents=True, exist_ok=True)
@@ -43,10 +45,14 @@ def write_report(results_path: Path, out_folder: Path) -> list[Path]:
         tables["table2.csv"] = table_csv(questions, question_paper)
     if ablations:
         tables["table3.csv"] = table_csv(ablations, ablation_paper)
+    if one_setting:
+        tables["table4.csv"] = overall_csv(one_setting)
     if points:
         tables["forgetting.csv"] = forgetting_csv(points)
     images = {kind: [f"{FIGURES}/{path.name}" for path in paths] for kind, paths in figures.items()}
-    report = document(results, editing, questions, ablations, images, source=results_path.name, tables=list(tables))
+    report = document(
+        results, editing, questions, ablations, one_setting, images, source=results_path.name, tables=list(tables)
+    )
     for name, text in {REPORT: report, **tables}.items():
         write_atomically(out_folder / name, text)
     return [

@@ -9,7 +9,7 @@ stretched to what Student's t would give.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import TypeVar
 
@@ -88,6 +88,52 @@ def paired_difference(
     stretch = _stretch(len(set(unit_of_each)))
     low, high = (plain.mean + stretch * (end - plain.mean) for end in (plain.low, plain.high))
     return Estimate(plain.mean, low, high, plain.count)
+
+
+def mean_paired_difference(
+    cells: Sequence[tuple[Mapping[Key, float], Mapping[Key, float]]],
+    unit: Callable[[Key], Hashable],
+    *,
+    seed: int = 0,
+) -> Estimate | None:
+    """The mean over cells of the mean difference in each, with an interval stretched as in `paired_difference`.
+
+    A resample draws the same units in every cell, so that cells on the same edits count as what they are.
+
+    Args:
+        cells: values and baseline of each, by edit.
+        unit: what an edit belongs to, in every cell.
+        seed: of the resamples.
+
+    Returns:
+        None where no unit has an edit with both values in every cell.
+
+    Raises:
+        ImportError: SciPy is not there.
+    """
+    by_unit: list[dict[Hashable, list[float]]] = []
+    for values, baseline in cells:
+        found: dict[Hashable, list[float]] = {}
+        for key in values:
+            if key in baseline:
+                found.setdefault(unit(key), []).append(values[key] - baseline[key])
+        by_unit.append(found)
+    units = [name for name in by_unit[0] if all(name in found for found in by_unit)]
+    if not units:
+        return None
+    sums, counts = (
+        np.array([[measure(found[name]) for name in units] for found in by_unit], dtype=np.float64)
+        for measure in (sum, len)
+    )
+    mean = float((sums.sum(axis=1) / counts.sum(axis=1)).mean())
+    edits = int(counts.sum())
+    if len(units) == 1:
+        return Estimate(mean, None, None, edits)
+    draws = _draws(len(units), seed)
+    resampled = ((draws @ sums.T) / (draws @ counts.T)).mean(axis=1)
+    stretch = _stretch(len(units))
+    low, high = (mean + stretch * (float(end) - mean) for end in np.percentile(resampled, [2.5, 97.5]))
+    return Estimate(mean, low, high, edits)
 
 
 def excludes_zero(difference: Estimate) -> bool:
