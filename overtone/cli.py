@@ -66,7 +66,7 @@ def _add_demo(commands: Subcommands) -> None:
     parser.add_argument(
         "--losses",
         type=_names,
-        default="cross_entropy,early_stopping,label_smoothing,overtone,overtone_held",
+        default="cross_entropy,early_stopping,label_smoothing,overtone,overtone_held,overtone_recommended",
         help="by commas",
     )
     parser.add_argument("--arch", default="llama", help="llama, qwen2, mistral or gpt2")
