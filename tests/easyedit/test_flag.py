@@ -9,8 +9,8 @@ import torch
 from conftest import ARCHITECTURES, METHODS, TARGETS
 
 import overtone.easyedit
-import overtone.easyedit.hparams
 from overtone import OverToneConfig
+from overtone.easyedit.edit_loss import EditLoss
 from overtone.functional import reference_loss
 
 pytestmark = pytest.mark.easyedit
@@ -74,25 +74,18 @@ class TestWithoutTheFlag:
         assert_same_weights(before, edit(method).weights())
 
 
-class Recorder:
-    """overtone_loss, keeping what it was given and what it gave, where a gradient was wanted."""
-
-    def __init__(self, original):
-        self.original = original
-        self.calls = []
-
-    def __call__(self, logits, labels, **settings):
-        loss = self.original(logits, labels, **settings)
-        if torch.is_grad_enabled():
-            self.calls.append((logits.detach().clone(), labels.clone(), settings, loss.detach().clone()))
-        return loss
-
-
 @pytest.fixture
 def recorder(monkeypatch):
-    recorder = Recorder(overtone.easyedit.hparams.overtone_loss)
-    monkeypatch.setattr(overtone.easyedit.hparams, "overtone_loss", recorder)
-    return recorder
+    """Logits, labels and values of every token loss that a trainer asked for."""
+    original, calls = EditLoss.__call__, []
+
+    def record(self, logits, labels, **arguments):
+        values, held = original(self, logits, labels, **arguments)
+        calls.append((logits.detach().clone(), labels.clone(), values.detach().clone()))
+        return values, held
+
+    monkeypatch.setattr(EditLoss, "__call__", record)
+    return calls
 
 
 def losses_of(run, method):
@@ -113,12 +106,11 @@ class TestWithTheFlag:
         overtone.easyedit.install(framework.methods)
         run = edit(method, arch, token_loss="overtone")
         minimised = losses_of(run, method)
-        assert len(minimised) == len(recorder.calls) == 3
-        preset = {**OverToneConfig.preset(PRESETS[method]).as_kwargs(), "hold_settled": False}
+        assert len(minimised) == len(recorder) == 3
+        preset = OverToneConfig.preset(PRESETS[method]).as_kwargs()
         target = run.editor.tok(" " + TARGETS[0], add_special_tokens=False)["input_ids"]
-        for (logits, labels, settings, loss), seen in zip(recorder.calls, minimised, strict=True):
-            assert settings == {**preset, "reduction": "none"}
-            torch.testing.assert_close(loss, reference_loss(logits, labels, **settings))
+        for (logits, labels, loss), seen in zip(recorder, minimised, strict=True):
+            torch.testing.assert_close(loss, reference_loss(logits, labels, reduction="none", **preset))
             assert labels[-len(target) :].tolist() == target
             values = loss[-len(target) :]
             # WISE averages over the position before the target too, where its label is -100 and its loss 0.
@@ -131,7 +123,7 @@ class TestWithTheFlag:
         overtone.easyedit.install(framework.methods)
         run = edit(method, token_loss="overtone")
         target = run.editor.tok(" " + TARGETS[0], add_special_tokens=False)["input_ids"]
-        for _, labels, _, _ in recorder.calls[1:]:
+        for _, labels, _ in recorder[1:]:
             assert labels.tolist() == target
 
     @pytest.mark.parametrize("method", METHODS)
@@ -145,8 +137,9 @@ class TestWithTheFlag:
     def test_a_mapping_overrides_the_paper(self, framework, edit, recorder, method):
         overtone.easyedit.install(framework.methods)
         edit(method, token_loss={"name": "overtone", "epsilon": "2e-1", "lam": 0.3, "n_sigma": None})
-        settings = recorder.calls[0][2]
-        assert (settings["epsilon"], settings["lam"], settings["n_sigma"]) == (0.2, 0.3, None)
+        logits, labels, values = recorder[0]
+        settings = {"epsilon": 0.2, "lam": 0.3, "n_sigma": None}
+        torch.testing.assert_close(values, reference_loss(logits, labels, reduction="none", **settings))
 
     @pytest.mark.parametrize("method", METHODS)
     def test_a_callable_gets_label_tokens_and_is_minimised(self, framework, edit, method):
@@ -181,16 +174,16 @@ class TestWithTheFlag:
     def test_every_edit_uses_it(self, framework, edit, recorder, method, sequential):
         overtone.easyedit.install(framework.methods)
         edit(method, requests=3, sequential=sequential, token_loss="overtone")
-        assert len(recorder.calls) == 9
+        assert len(recorder) == 9
 
     @pytest.mark.parametrize("method", ["FT", "LoRA"])
     def test_batched_edits_score_every_target(self, framework, edit, recorder, method):
         overtone.easyedit.install(framework.methods)
         run = edit(method, requests=3, batch=2, token_loss="overtone")
         tokens = [len(run.editor.tok(" " + target, add_special_tokens=False)["input_ids"]) for target in TARGETS]
-        assert len(recorder.calls) == 6
-        assert len(recorder.calls[1][1]) == tokens[0] + tokens[1]
-        assert len(recorder.calls[4][1]) == tokens[2]
+        assert len(recorder) == 6
+        assert len(recorder[1][1]) == tokens[0] + tokens[1]
+        assert len(recorder[4][1]) == tokens[2]
 
 
 class TestWise:
@@ -202,7 +195,7 @@ class TestWise:
         assert run.edited.config.act_ratio == pytest.approx(0.88 * 0.6)
         assert run.editor.hparams.act_ratio == 0.88
         rows = len(run.editor.tok(" " + TARGETS[0], add_special_tokens=False)["input_ids"])
-        assert len(recorder.calls[-1][1]) == rows
+        assert len(recorder[-1][1]) == rows
 
     def test_both_can_be_switched_off(self, framework, edit, recorder):
         overtone.easyedit.install(framework.methods)
@@ -212,7 +205,7 @@ class TestWise:
         templates = framework.module("models.wise.utils").CONTEXT_TEMPLATES_CACHE
         rows = len(run.editor.tok(" " + TARGETS[0], add_special_tokens=False)["input_ids"])
         assert len(templates) > 1
-        assert len(recorder.calls[-1][1]) == rows * len(templates)
+        assert len(recorder[-1][1]) == rows * len(templates)
 
     def test_cross_entropy_keeps_both_unless_told(self, framework, edit):
         stock = edit("WISE").weights()
