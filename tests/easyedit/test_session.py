@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from overtone.easyedit.installation import installed
 from overtone.lab import easyedit_process, easyedit_session
@@ -22,7 +24,12 @@ from overtone.lab.losses import parse_loss
 from overtone.lab.metrics import complete, examine, score
 from overtone.lab.world import Edit, Probe
 
-pytestmark = pytest.mark.easyedit
+pytestmark = [
+    pytest.mark.easyedit,
+    pytest.mark.skipif(
+        Version(transformers.__version__) < Version("4.53"), reason="the lab needs transformers 4.53 or newer"
+    ),
+]
 
 CROSS_ENTROPY = parse_loss("cross_entropy")
 TEXTS = ["The head of Velin is Mavi .", "The spouse of Solen is Corin Tass .", "people of the city", "Yes Tass ."]
