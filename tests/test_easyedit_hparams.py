@@ -89,6 +89,8 @@ class TestWise:
         flagged, baseline = choose("overtone", "wise"), choose("cross_entropy", "wise")
         assert (flagged.activation_scale, flagged.context_templates) == (0.6, False)
         assert (baseline.activation_scale, baseline.context_templates) == (1.0, True)
+        recommended = choose("overtone_recommended", "wise")
+        assert (recommended.activation_scale, recommended.context_templates) == (0.6, True)
 
     def test_can_be_set_for_any_loss(self):
         choice = choose({"name": "cross_entropy", "activation_scale": "5e-1", "context_templates": False}, "wise")

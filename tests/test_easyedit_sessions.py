@@ -45,7 +45,8 @@ class TestTokenLoss:
         """Every loss that is not refused is one that the adapters accept."""
         from overtone.easyedit.hparams import choose
 
-        for spec in ("early_stopping", "label_smoothing", "overtone_held", "overtone:n_sigma=none+epsilon=0"):
+        specs = ("early_stopping", "label_smoothing", "overtone_held", "overtone_recommended", "overtone:n_sigma=none")
+        for spec in specs:
             assert choose(token_loss("LoRA", parse_loss(spec)), "lora").loss is not None
 
     @pytest.mark.parametrize("method", ["rome", "memit"])

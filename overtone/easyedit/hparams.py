@@ -70,7 +70,7 @@ def choose(value: object, method: str) -> Choice:
         return Choice(loss)
     is_overtone = name in ("overtone", "overtone_recommended")
     scale = wise.get("activation_scale", PAPER_ACTIVATION_SCALE if is_overtone else 1.0)
-    templates = wise.get("context_templates", not is_overtone)
+    templates = wise.get("context_templates", name != "overtone")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f"{KEY}: activation_scale must be a number above 0, got {scale!r}")
     if not isinstance(templates, bool):

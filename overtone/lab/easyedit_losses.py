@@ -38,6 +38,8 @@ def token_loss(alg_name: str, loss: NamedLoss) -> dict[str, Any] | None:
         raise ValueError(
             f"{alg_name} cannot minimise {loss.name!r}: EasyEdit's trainers keep no logits from before the edit"
         )
+    if loss.is_recommended:
+        return {"name": "overtone_recommended"}
     config = loss.config(PRESETS[alg_name])
     if config is not None:
         return {"name": "overtone", **config.as_kwargs()}

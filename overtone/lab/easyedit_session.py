@@ -189,7 +189,7 @@ class EasyEditSession:
         self._edits_made += 1
         self._copy.eval()
         self._copy.config.use_cache = self._use_cache
-        return FitTrace((), steps[0], self._ended(steps[0], len(calls), loss, choice), seconds)
+        return FitTrace((), steps[0], self._ended(steps[0], len(calls), loss), seconds)
 
     def state(self) -> dict[str, Tensor] | None:
         """The edited weights by name, and how many edits there were; None for methods that add modules to the model."""
@@ -259,11 +259,11 @@ class EasyEditSession:
                 return " ".join(words)
         raise ValueError(f"texts hold nothing unrelated to {edit.prompt!r}, which WISE needs one of")
 
-    def _ended(self, steps: int, calls: int, loss: NamedLoss, choice: dict[str, Any] | None) -> str:
+    def _ended(self, steps: int, calls: int, loss: NamedLoss) -> str:
         if steps >= calls * most_steps(self._hparams):
             return "steps"
-        is_held = choice is not None and choice["name"] == "overtone" and choice["hold_settled"] is not False
-        return "held" if is_held else "stopped"
+        config = None if loss.overtone is None else loss.config(PRESETS[self._algorithm.alg_name])
+        return "stopped" if config is None or config.hold_settled is False else "held"
 
     def _seed_now(self) -> int:
         return zlib.crc32(f"{self._seed} {self._edits_made}".encode())
