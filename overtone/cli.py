@@ -85,14 +85,15 @@ def _add_bench(commands: Subcommands) -> None:
         "command goes on where it was interrupted, and more losses, methods, data or seeds can be added in the same "
         "folder. Under torchrun or accelerate launch the ranks share the work.",
         epilog="A loss is name or name:field=value+field=value, for example early_stopping:stop_below=0.3, "
-        "overtone_held, overtone:hold_settled=0.1+lam=0.5, overtone:n_sigma=none, overtone:check=false, "
+        "overtone_held, overtone_recommended (our settings for each method), overtone:hold_settled=0.1+lam=0.5, "
+        "overtone:n_sigma=none, overtone:check=false, "
         "overtone:epsilon=0, overtone:lam=1, overtone:dynamic=false (the target of the model before the edit).",
     )
     parser.add_argument(
         "--preset",
         default="quick",
-        help="quick: two methods, three losses, one seed, some minutes; paper-small: every loss on three worlds with "
-        "three seeds and T = 1, 10, 100, one to two hours on two cores. The options below change it (default: quick)",
+        help="quick: two methods, three losses, one seed, some minutes; paper-small: every loss on three worlds, "
+        "three seeds, T = 1, 10, 100, three to four hours on two cores. The options below change it (default: quick)",
     )
     parser.add_argument("--data", type=_names, help="by commas: short, long, soft, zsre, wikibio, mquake")
     for name, title in (("zsre", "KnowEdit's ZsRE"), ("wikibio", "KnowEdit's WikiBio"), ("mquake", "MQuAKE")):
