@@ -31,7 +31,7 @@ def check_hyperparameters(
     for name, value in (("check", check), ("hold_correct", hold_correct)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
-    if not isinstance(hold_settled, bool) and hold_settled == math.inf:
+    if isinstance(hold_settled, float) and hold_settled == math.inf:
         if not hold_correct:
             raise ValueError(
                 "hold_settled=inf would hold every call: pass hold_correct=True with it, or a number of nats"
@@ -43,7 +43,7 @@ def check_hyperparameters(
 def check_hold(hold_settled: bool | float) -> None:
     """Raise a ValueError or TypeError unless it is True, False or a number above 0."""
     if not isinstance(hold_settled, bool):
-        expected = "True, False, or a mean KL in nats above 0 at which to hold"
+        expected = "True, False, or a mean KL in nats above 0 at which to hold (math.inf with hold_correct alone)"
         _check_number("hold_settled", hold_settled, expected, lambda value: value > 0)
 
 

@@ -58,11 +58,12 @@ def overtone_loss(
         reduction: "mean" over the counted tokens (0 if there is none), "sum", or "none" for one loss a token.
         hold_settled: beyond the paper. True: when every counted token is settled, the call gives no gradient at all,
             so that an optimiser skips its step (with ``epsilon=0`` nothing ever settles). A number: the same when the
-            mean KL is at or below it. A call without counted tokens is held by either. `torch.amp.GradScaler` raises
-            in a step without gradients, so use it with float32 or bfloat16, not with float16 autocast.
+            mean KL is at or below it; ``math.inf`` leaves it to hold_correct. A call without counted tokens is held by
+            either. `torch.amp.GradScaler` raises in a step without gradients, so use it with float32 or bfloat16, not
+            with float16 autocast.
         hold_correct: beyond the paper. True: a token is settled, and a call held, only where the label is strictly the
             model's first choice. Otherwise a token can be let go while another one is still a little more probable, and
-            a mean hides single tokens. With ``hold_settled=math.inf`` this alone decides about holding.
+            a mean hides single tokens.
 
     Returns:
         A scalar, or ``(...)`` for reduction "none"; float64 for float64 logits, else float32.

@@ -59,7 +59,8 @@ def linear_overtone_loss(
             the embedding is fine.
         labels: ``(...)``, token ids in ``[0, V)``, or ignore_index.
         bias: ``(V,)`` or None.
-        chunk_size: rows whose logits are held at once; None for as many as make 2**25 logits, a multiple of 64.
+        chunk_size: rows whose logits are held at once; None for as many as make 2**25 logits, in multiples of 64
+            and at least 64.
         epsilon, n_sigma, lam, check, ignore_index, reduction, hold_settled, hold_correct: as in `overtone_loss`.
         reference_logits: ``(..., V)``, the unedited model's logits, as in `overtone_loss`.
 
@@ -90,7 +91,7 @@ def linear_overtone_loss(
         reference=None if reference_logits is None else reference_logits.detach().reshape(-1, len(weight))[rows],
         settings=TargetSettings(n_sigma, float(lam), check),
         epsilon=float(epsilon),
-        chunk_size=chunk_size or CHUNK_MULTIPLE * max(1, CHUNK_ELEMENTS // CHUNK_MULTIPLE // max(1, len(weight))),
+        chunk_size=chunk_size or CHUNK_MULTIPLE * max(1, CHUNK_ELEMENTS // CHUNK_MULTIPLE // len(weight)),
         hold_correct=hold_correct,
         correct=torch.empty_like(rows, dtype=torch.bool),
     )

@@ -27,7 +27,7 @@ def row(table, loss):
 class TestOverall:
     def test_one_threshold_and_the_best_of_each_column(self):
         (table,) = overall(grid({LOW: (0.9, 0.4), HIGH: (0.5, 0.6), "overtone": (0.8, 0.7)}))
-        assert (table.method, table.scope, table.units) == ("lora", "single edits and edits in a row", 6)
+        assert (table.method, table.scope, table.units) == ("lora", "single edits", 6)
         assert table.one_threshold == LOW
         assert dict(zip(table.cells, table.thresholds, strict=True)) == {("short", 1): LOW, ("long", 1): HIGH}
         overtone = row(table, "overtone")
@@ -62,6 +62,24 @@ class TestOverall:
     def test_none_without_a_threshold_or_with_one_column(self):
         assert overall(grid({"cross_entropy": (0.5, 0.5), "overtone": (0.6, 0.6)})) == []
         assert overall(singles([0.5] * 6, loss=LOW)) == []
+
+    def test_averages_and_differences_are_of_the_same_edits(self):
+        """Those that every loss has in every column."""
+        outcomes = grid({LOW: (0.5, 0.5), "overtone": (0.6, 0.6)})
+        outcomes += [edit for edit in singles([0.0] * 9, loss="overtone") if edit.index > 5]
+        outcomes += [edit for edit in singles([0.9] * 9, loss=LOW) if edit.index > 5]
+        (table,) = overall(outcomes)
+        assert table.units == 6
+        assert row(table, "overtone").average == pytest.approx(0.6)
+        assert row(table, "overtone").differences[ONE_THRESHOLD].mean == pytest.approx(0.1)
+
+    def test_units_that_a_loss_failed_in_do_not_count(self):
+        outcomes = grid({LOW: (0.5, 0.5)})
+        for data in ("short", "long"):
+            outcomes += singles([0.9, 0.9, None, None, None, None], loss="overtone", data=data)
+        (table,) = overall(outcomes)
+        assert table.units == 2
+        assert not table.is_clear(row(table, "overtone").differences[ONE_THRESHOLD])
 
 
 class TestDifference:

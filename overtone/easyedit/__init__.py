@@ -4,6 +4,7 @@
     overtone.easyedit.install()                        # once; easyeditor importable
 
     # in the hparams yaml:   token_loss: overtone
+    #                  or:   token_loss: overtone_recommended
     #                  or:   token_loss: {name: overtone, epsilon: 0.1, hold_settled: false}
     # or in code:            hparams.token_loss = any callable(logits (N, V), labels (N,)) -> loss (N,)
 

@@ -24,7 +24,7 @@ class EditLoss:
 
     Attributes:
         description: for the log.
-        token_loss: what each token is away from its target, unclipped.
+        token_loss: one loss a token, before it is clipped.
         settled_below: a token whose loss is below it is settled: a constant, without a gradient.
         hold: as `overtone.overtone_loss`'s hold_settled.
         hold_correct: as there.
@@ -49,7 +49,8 @@ class EditLoss:
                 f"token_loss must return one loss a token, shape {tuple(labels.shape)} for logits "
                 f"{tuple(logits.shape)}, got {got}: leave the reduction to the trainer"
             )
-        correct = ground_truth_check(logits.detach(), labels) if self.hold_correct else None
+        decides = self.settled_below > 0 or (may_hold and self.hold is not False)
+        correct = ground_truth_check(logits.detach(), labels) if self.hold_correct and decides else None
         values = self._clipped(unclipped, correct)
         if not may_hold or self.hold is False:
             return values, False

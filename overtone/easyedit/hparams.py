@@ -152,7 +152,12 @@ def _mean_hold(options: dict[str, Any], name: str) -> Hold:
             f"{KEY}: {name} has no threshold at which a token is settled: hold_settled must be false or the mean loss "
             "at which to hold, got True"
         )
-    check_hold(hold)
+    try:
+        check_hold(hold)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{KEY}: {name}: hold_settled must be false or the mean loss above 0 at which to hold, got {hold!r}"
+        ) from error
     return hold
 
 

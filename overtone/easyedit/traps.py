@@ -83,7 +83,7 @@ def _token_loss(config: Config) -> Iterator[Trap]:
         return
     if loss is None or loss.hold is not False:
         return
-    if method in ("LoRA", "QLoRA", "MELO", "FT"):
+    if method in ("LoRA", "QLoRA", "MELO", "FT") and loss.settled_below > 0:
         yield Trap(
             "hold_settled is false: Adam goes on moving every weight on the zero gradients of settled tokens",
             "leave hold_settled out, or give a mean loss at which to hold",

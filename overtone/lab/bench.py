@@ -146,6 +146,7 @@ class Bench:
         for task in self.tasks:
             for edit, outcome in zip(task.edits, results.done.get(task.key, ()), strict=False):
                 if (edit.prompt, edit.target_new) != (outcome.prompt, outcome.target_new):
+                    results.close()
                     raise ValueError(
                         f"{results.results} holds other edits of {task.data} ({outcome.prompt!r} where this run has "
                         f"{edit.prompt!r}): choose another folder, or remove this file"

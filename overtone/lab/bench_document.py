@@ -169,9 +169,9 @@ _ONE_SETTING = f"""\
 Each loss with one setting over several data and lengths: the mean of its averages in Table 1's columns, which weigh
 alike. It is compared to the early stop that is best on that mean, and to the one that is best in each column, as if it
 were known beforehand; both are chosen on the same edits, which favours them. The same facts are edited singly and in
-rows, so groups as long as the longest sequence are resampled, the same in every column, and the intervals stretched as
-in Table 1. Columns of fewer than {ENOUGH_UNITS} sequences are left out, and so are losses that a column does not
-have."""
+rows, so groups that hold whole sequences of every length are resampled, the same in every column, and the intervals
+stretched as in Table 1; edits outside of groups that every loss has in every column do not count. Columns of fewer than
+{ENOUGH_UNITS} sequences are left out, and so are losses that a column does not have."""
 
 _FIGURES: Mapping[str, tuple[str, str]] = {
     "overfitting": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -48,7 +49,7 @@ class Overall:
         rows: one per loss.
         one_threshold: the early stop that is best on the average of the cells.
         thresholds: the early stop that is best in each cell.
-        units: how many groups of edits were resampled, of those that every cell has.
+        units: how many groups of edits count and were resampled: those that every loss has in every cell.
     """
 
     method: str
@@ -90,9 +91,9 @@ def overall(outcomes: Iterable[EditOutcome], *, seed: int = 0) -> list[Overall]:
 
 def _of_method(method: str, outcomes: Sequence[EditOutcome], seed: int) -> Iterator[Overall]:
     scopes = {
-        "single edits and edits in a row": outcomes,
         "single edits": [outcome for outcome in outcomes if outcome.length == 1],
         "edits in a row": [outcome for outcome in outcomes if outcome.length > 1],
+        "single edits and edits in a row": outcomes,
     }
     seen: list[set[Cell]] = []
     for scope, chosen in scopes.items():
@@ -101,7 +102,9 @@ def _of_method(method: str, outcomes: Sequence[EditOutcome], seed: int) -> Itera
         complete = {loss: by_cell for loss, by_cell in values.items() if by_cell.keys() == cells}
         if len(cells) > 1 and cells not in seen and any(map(is_early_stopping, complete)):
             seen.append(cells)
-            yield _overall(method, scope, complete, seed)
+            found = _overall(method, scope, complete, seed)
+            if found is not None:
+                yield found
 
 
 def _averages(outcomes: Iterable[EditOutcome]) -> dict[str, dict[Cell, dict[EditKey, float]]]:
@@ -116,16 +119,23 @@ def _averages(outcomes: Iterable[EditOutcome]) -> dict[str, dict[Cell, dict[Edit
 
 
 def _overall(
-    method: str, scope: str, values: Mapping[str, Mapping[Cell, Mapping[EditKey, float]]], seed: int
-) -> Overall:
-    cells = sorted(next(iter(values.values())), key=lambda cell: (cell[1], cell[0]))
-    # Edits of one sequence stand and fall together, and the same facts are edited singly and in rows: whole groups as
-    # long as the longest sequence are resampled, the same ones in every cell.
-    group = max(length for _, length in cells)
+    method: str, scope: str, scored: Mapping[str, Mapping[Cell, Mapping[EditKey, float]]], seed: int
+) -> Overall | None:
+    cells = sorted(next(iter(scored.values())), key=lambda cell: (cell[1], cell[0]))
+    # Edits of one sequence stand and fall together, and the same facts are edited singly and in rows: groups that hold
+    # whole sequences of every length are resampled, the same ones in every cell.
+    group = math.lcm(*(length for _, length in cells))
 
     def unit(edit: EditKey) -> Hashable:
         return edit[0], edit[1] // group
 
+    units = set.intersection(*({unit(edit) for edit in own[cell]} for own in scored.values() for cell in cells))
+    if not units:
+        return None
+    values = {
+        loss: {cell: {edit: value for edit, value in own[cell].items() if unit(edit) in units} for cell in cells}
+        for loss, own in scored.items()
+    }
     means = {loss: {cell: fmean(own[cell].values()) for cell in cells} for loss, own in values.items()}
     stops = [loss for loss in values if is_early_stopping(loss)]
     one = max(stops, key=lambda loss: fmean(means[loss].values()))
@@ -140,5 +150,4 @@ def _overall(
             if difference is not None and set(rival.values()) != {loss}:
                 differences[title] = difference
         rows.append(OverallRow(loss, fmean(means[loss].values()), differences))
-    units = set.intersection(*({unit(edit) for own in values.values() for edit in own[cell]} for cell in cells))
     return Overall(method, scope, tuple(cells), tuple(rows), one, tuple(best[cell] for cell in cells), len(units))

@@ -39,7 +39,7 @@ def token_loss(alg_name: str, loss: NamedLoss) -> dict[str, Any] | None:
             f"{alg_name} cannot minimise {loss.name!r}: EasyEdit's trainers keep no logits from before the edit"
         )
     if loss.is_recommended:
-        return {"name": "overtone_recommended"}
+        return {"name": "overtone_recommended", **(loss.overtone or {})}
     config = loss.config(PRESETS[alg_name])
     if config is not None:
         return {"name": "overtone", **config.as_kwargs()}

@@ -28,8 +28,8 @@ class NamedLoss:
     Attributes:
         name: the canonical spec.
         title: what tables and figures say.
-        overtone: the fields of `OverToneConfig` that differ from the editing method's preset; None: cross-entropy.
-        is_recommended: they differ from what is recommended for the method, rather than from the paper's preset.
+        overtone: the fields of `OverToneConfig` that differ from the editing method's settings; None: cross-entropy.
+        is_recommended: these settings are the recommended ones, rather than the paper's preset.
         is_dynamic: OverTone's target follows the model; otherwise it stays what the model before the edit gives.
         label_smoothing: of cross-entropy.
         stop_below: end the edit once the loss is below this value; None: run all steps.

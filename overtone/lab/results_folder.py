@@ -33,7 +33,7 @@ class ResultsFolder:
 
         Raises:
             ValueError: the folder holds another run's results, which stay as they are, or something else; or another
-                process is writing to it.
+                process of this rank is writing to it.
             OSError: the folder cannot be made or written to.
         """
         self.folder = folder
@@ -42,11 +42,15 @@ class ResultsFolder:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(folder, shard)
         self._header = header
-        self.done = self._read_all()
         self._file: RecordFile[EditOutcome] | None = None
-        if shard.is_alone:
-            self._file = self._open(self.results, self.done)
-            self._remove_parts()
+        try:
+            self.done = self._read_all()
+            if shard.is_alone:
+                self._file = self._open(self.results, self.done)
+                self._remove_parts()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def results(self) -> Path:
@@ -74,6 +78,10 @@ class ResultsFolder:
         self._open(self.results, ordered)
         self._remove_parts()
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Let another run have the folder; the end of the process does so too."""
         self._lock.release()
 
     def _open_part(self) -> RecordFile[EditOutcome]:
@@ -126,7 +134,7 @@ class ResultsFolder:
 
 
 def _lock(folder: Path, shard: Shard) -> FileLock:
-    """Held until the run is finished, or its process has ended in whatever way."""
+    """So that no second run of this rank writes to the folder; the system takes it back from a process that ends."""
     lock = FileLock(folder / f".rank{shard.rank}.lock")
     try:
         lock.acquire(timeout=0)
