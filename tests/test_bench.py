@@ -340,8 +340,11 @@ class TestResume:
         finish(settings(model), tmp_path)
         edits = MiniCorpus.edits
         monkeypatch.setattr(MiniCorpus, "edits", lambda self, count, *, seed: edits(self, 4, seed=seed)[::-1][:count])
-        with pytest.raises(ValueError, match="holds other edits of short"):
+        with pytest.raises(ValueError, match="holds other edits of short") as refusal:
             finish(settings(model), tmp_path)
+        monkeypatch.setattr(MiniCorpus, "edits", edits)
+        finish(settings(model), tmp_path)
+        assert refusal.value.__traceback__ is not None, "what was refused is still held, its lock is not"
 
 
 class TestShards:
