@@ -149,7 +149,7 @@ def edits_table(arguments: argparse.Namespace) -> Iterator[Row]:
 
     lab_model = load_or_train(world := build_world(0))
     workplace, edits = Workplace(lab_model.model, lab_model.tokenizer), world.edits(arguments.edits, seed=0)
-    losses = [LOSSES[name] for name in ("cross_entropy", "overtone", "overtone_held")]
+    losses = [LOSSES[name] for name in ("cross_entropy", "overtone", "overtone_held", "overtone_recommended")]
     for method in ("ft-m", "lora", "easyedit-ft", "easyedit-lora"):
         try:
             with open_session(workplace, method, 0):

@@ -79,54 +79,99 @@ BENCH_LOSSES = {
     "label smoothing 0.1": "label_smoothing",
     "OverTone (the paper's)": "overtone",
     "OverTone, held": "overtone_held",
-    "λ 0.5, held at 0.1 and correct": "overtone:lam=0.5+hold_settled=0.1+hold_correct=true",
-    "λ 0.5, held at 0.2 and correct": "overtone:lam=0.5+hold_settled=0.2+hold_correct=true",
+    "OverTone, recommended": "overtone_recommended",
 }
+ONE_SETTING_RESULTS = {"LoRA": "defaults", "FT-M": "defaults"} | dict.fromkeys(
+    ("EasyEdit's FT-M", "EasyEdit's LoRA", "MELO", "WISE"), "easyedit"
+)
+
+
+def committed_rows(path):
+    with (ROOT / "examples/results" / path).open() as file:
+        return list(csv.DictReader(file))
+
+
+def percent(row, name):
+    return f"{100 * float(row[name]):.1f}"
+
+
+def threshold(loss):
+    return loss.partition("=")[2] or "0.1"
+
+
+def printed_difference(row, rival):
+    name = f"difference to {rival}"
+    mean, low, high = (f"{100 * float(row[name + end]):+.1f}" for end in ("", " low", " high"))
+    text = f"{mean} [{low}, {high}]"
+    return f"**{text}**" if row[f"{name} clear"] == "True" else text
+
+
+def table_cells(table):
+    head, _, *lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
+    return head, lines
+
+
+def section(marker):
+    return README[README.index(f"<!-- {marker} -->") : README.index(f"<!-- end of {marker} -->")]
 
 
 class TestNumbers:
     def test_bench_table_is_the_committed_run(self):
         """Every average, best threshold and difference of the bench's tables stands in the committed CSV file."""
-        with (ROOT / "examples/results/bench/table1.csv").open() as file:
-            rows = [row for row in csv.DictReader(file) if row["source"] == "this file"]
+        rows = [row for row in committed_rows("bench/table1.csv") if row["source"] == "this file"]
         committed = {(row["data"], row["length"], row["method"], row["loss"]): row for row in rows}
-
-        def percent(row, name):
-            return f"{100 * float(row[name]):.1f}"
-
-        def difference(row):
-            name = "difference to best early stopping"
-            mean, low, high = (f"{100 * float(row[name + end]):+.1f}" for end in ("", " low", " high"))
-            text = f"{mean} [{low}, {high}]"
-            return f"**{text}**" if row[f"{name} clear"] == "True" else text
-
-        section = README[README.index("<!-- bench table -->") : README.index("<!-- end of bench table -->")]
         checked = 0
-        for table in section.split("\n\n")[1:3]:
-            head, _, *lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
+        for table in section("bench table").split("\n\n")[1:3]:
+            head, lines = table_cells(table)
             method = head[0].lower()
             for title, *cells in lines:
                 for column, cell in zip(head[1:], cells, strict=True):
                     data, length = re.fullmatch(r"(\w+), T=(\d+)", column).groups()
-                    default = committed[data, length, method, "early_stopping"]
                     if title in BENCH_LOSSES:
                         row = committed.get((data, length, method, BENCH_LOSSES[title]))
                         expected = "" if row is None else percent(row, "average")
                     elif "best threshold" in title:
+                        default = committed[data, length, method, "early_stopping"]
                         best = committed[data, length, method, default["best early stopping"]]
-                        expected = f"{percent(best, 'average')} (at {best['loss'].partition('=')[2] or '0.1'})"
+                        expected = f"{percent(best, 'average')} (at {threshold(best['loss'])})"
                     else:
-                        ours = BENCH_LOSSES["λ 0.5, held at 0.2 and correct"]
-                        expected = difference(committed[data, length, method, ours])
+                        recommended = committed[data, length, method, "overtone_recommended"]
+                        expected = printed_difference(recommended, "best early stopping")
                     assert cell == expected, (title, column)
                     checked += 1
-        assert checked == 2 * 10 * 5
+        assert checked == 2 * 9 * 7
+
+    def test_one_setting_table_is_the_committed_runs(self):
+        """Every average and difference over several columns stands in a committed table4.csv."""
+        _, lines = table_cells(section("one setting table").split("\n\n")[1])
+        assert len(lines) == len(ONE_SETTING_RESULTS)
+        for where, *cells in lines:
+            title, columns = where.split(": ")
+            folder = ONE_SETTING_RESULTS[title]
+            method = (
+                title.lower() if folder == "defaults" else f"easyedit-{title.split()[-1].lower().removesuffix('-m')}"
+            )
+            found = {
+                row["loss"]: row
+                for row in committed_rows(f"bench-{folder}/table4.csv")
+                if row["method"] == method and row["columns"] == columns.replace(", ", "; ")
+            }
+            recommended = found["overtone_recommended"]
+            best = found[recommended["best single threshold"]]
+            assert cells == [
+                percent(found["cross_entropy"], "average"),
+                f"{percent(best, 'average')} (at {threshold(best['loss'])})",
+                percent(recommended, "average"),
+                printed_difference(recommended, "best single threshold"),
+                printed_difference(recommended, "best threshold of each column"),
+            ]
 
     def test_demo_table_is_the_committed_run(self):
         """Every mean of the demo's table stands in examples/results/demo.json, and the other way round."""
         summary = json.loads((ROOT / "examples/results/demo.json").read_text())["summary"]
-        section = README[README.index("<!-- demo table -->") : README.index("<!-- end of demo table -->")]
-        printed = [re.findall(r"-?\d+\.\d+(?= \[)", line) for line in section.splitlines() if " [" in line]
+        printed = [
+            re.findall(r"-?\d+\.\d+(?= \[)", line) for line in section("demo table").splitlines() if " [" in line
+        ]
         measures = ("rel", "gen", "por", "loc", "average", "exact_match_average")
         expected = [[f"{100 * row['measures'][name]['mean']:.1f}" for name in measures] for row in summary]
         assert printed == expected
