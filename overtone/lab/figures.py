@@ -137,17 +137,20 @@ def loss_styles(losses: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def _known_places() -> dict[str, int]:
     """Places in the cycle of colours such that losses that are drawn together differ in colour."""
-    thresholds = [parse_loss(f"early_stopping:stop_below={value}").name for value in EARLY_STOPPING_THRESHOLDS]
     places = {loss: place for place, loss in enumerate(LOSSES)}
-    for loss in thresholds:
-        places.setdefault(loss, len(places))
-    reserved = {places[loss] % len(LINE_COLOURS) for loss in ("cross_entropy", "overtone")}
-    place = len(places)
-    for loss in ABLATIONS:
-        while place % len(LINE_COLOURS) in reserved:
-            place += 1
-        places[loss] = place
-        place += 1
+    thresholds = [parse_loss(f"early_stopping:stop_below={value}").name for value in EARLY_STOPPING_THRESHOLDS]
+    for group, companions in (
+        (thresholds, ("early_stopping", "overtone", "overtone_held")),
+        (ABLATIONS, ("cross_entropy", "overtone")),
+    ):
+        reserved = {places[loss] % len(LINE_COLOURS) for loss in companions}
+        place = max(places.values()) + 1
+        for loss in group:
+            while place % len(LINE_COLOURS) in reserved:
+                place += 1
+            if loss not in places:
+                places[loss] = place
+                place += 1
     return places
 
 
