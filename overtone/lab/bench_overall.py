@@ -74,19 +74,17 @@ def overall(outcomes: Iterable[EditOutcome], *, seed: int = 0) -> list[Overall]:
         outcomes: of whole sequences.
         seed: of the resamples.
     """
-    sequences: dict[tuple[str, Cell], set[Hashable]] = {}
     by_method: dict[str, list[EditOutcome]] = {}
     for outcome in outcomes:
         by_method.setdefault(outcome.method, []).append(outcome)
-        own = sequences.setdefault((outcome.method, (outcome.data, outcome.length)), set())
-        own.add((outcome.seed, outcome.sequence))
-    for method, outcomes_of_method in by_method.items():
-        by_method[method] = [
-            outcome
-            for outcome in outcomes_of_method
-            if len(sequences[method, (outcome.data, outcome.length)]) >= ENOUGH_UNITS
-        ]
-    return [found for method, own in by_method.items() for found in _of_method(method, own, seed)]
+    return [found for method, own in by_method.items() for found in _of_method(method, _of_enough_sequences(own), seed)]
+
+
+def _of_enough_sequences(outcomes: Sequence[EditOutcome]) -> list[EditOutcome]:
+    sequences: dict[Cell, set[Hashable]] = {}
+    for outcome in outcomes:
+        sequences.setdefault((outcome.data, outcome.length), set()).add((outcome.seed, outcome.sequence))
+    return [outcome for outcome in outcomes if len(sequences[outcome.data, outcome.length]) >= ENOUGH_UNITS]
 
 
 def _of_method(method: str, outcomes: Sequence[EditOutcome], seed: int) -> Iterator[Overall]:
@@ -145,9 +143,11 @@ def _overall(
     for loss, own in values.items():
         differences = {}
         for title, rival in rivals.items():
+            if set(rival.values()) == {loss}:
+                continue
             pairs = [(own[cell], values[rival[cell]][cell]) for cell in cells]
             difference = mean_paired_difference(pairs, unit, seed=seed)
-            if difference is not None and set(rival.values()) != {loss}:
+            if difference is not None:
                 differences[title] = difference
         rows.append(OverallRow(loss, fmean(means[loss].values()), differences))
     return Overall(method, scope, tuple(cells), tuple(rows), one, tuple(best[cell] for cell in cells), len(units))

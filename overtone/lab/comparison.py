@@ -78,16 +78,7 @@ def paired_difference(
     Raises:
         ImportError: SciPy is not there.
     """
-    common = [key for key in values if key in baseline]
-    if not common:
-        return None
-    unit_of_each = [units[key] for key in common]
-    plain = bootstrap_mean([values[key] - baseline[key] for key in common], unit_of_each, seed=seed)
-    if plain.low is None or plain.high is None:
-        return plain
-    stretch = _stretch(len(set(unit_of_each)))
-    low, high = (plain.mean + stretch * (end - plain.mean) for end in (plain.low, plain.high))
-    return Estimate(plain.mean, low, high, plain.count)
+    return mean_paired_difference([(values, baseline)], units.__getitem__, seed=seed)
 
 
 def mean_paired_difference(
