@@ -49,10 +49,11 @@ class EditLoss:
                 f"token_loss must return one loss a token, shape {tuple(labels.shape)} for logits "
                 f"{tuple(logits.shape)}, got {got}: leave the reduction to the trainer"
             )
-        decides = self.settled_below > 0 or (may_hold and self.hold is not False)
-        correct = ground_truth_check(logits.detach(), labels) if self.hold_correct and decides else None
+        may_hold = may_hold and self.hold is not False
+        waits = self.hold_correct and (may_hold or self.settled_below > 0)
+        correct = ground_truth_check(logits.detach(), labels) if waits else None
         values = self._clipped(unclipped, correct)
-        if not may_hold or self.hold is False:
+        if not may_hold:
             return values, False
         refuse_hold_when_distributed(self.hold)
         held = release_when_held(values, unclipped.detach(), self.settled_below, self.hold, correct) is not values

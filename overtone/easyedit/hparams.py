@@ -20,7 +20,6 @@ from overtone.easyedit.edit_loss import EditLoss
 from overtone.hold import Hold
 
 KEY = "token_loss"
-NAMES = ("overtone", "overtone_recommended", "cross_entropy", "label_smoothing")
 
 DEFAULT_HOLD: dict[str, Hold] = {"ft-m": True, "lora": True, "melo": True, "wise": True}
 """When an edit needs nothing more, by method; chosen by measurement, see examples/easyedit/results."""
@@ -58,12 +57,13 @@ def choose(value: object, method: str) -> Choice:
         value = {"name": value}
     if not isinstance(value, Mapping):
         raise TypeError(
-            f"{KEY} must be one of {NAMES}, a mapping with a name, or a callable(logits, labels), got {value!r}"
+            f"{KEY} must be one of {tuple(_READERS)}, a mapping with a name, or a callable(logits, labels), "
+            f"got {value!r}"
         )
     options = floats_from_strings(dict(value))
     name = options.pop("name", None)
-    if name not in NAMES:
-        raise ValueError(f"{KEY} must name one of {NAMES}, got {name!r}")
+    if name not in _READERS:
+        raise ValueError(f"{KEY} must name one of {tuple(_READERS)}, got {name!r}")
     wise = {key: options.pop(key) for key in WISE_OPTIONS if key in options} if method == "wise" else {}
     loss = _READERS[name](options, method)
     if method != "wise":

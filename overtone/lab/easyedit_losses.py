@@ -38,11 +38,9 @@ def token_loss(alg_name: str, loss: NamedLoss) -> dict[str, Any] | None:
         raise ValueError(
             f"{alg_name} cannot minimise {loss.name!r}: EasyEdit's trainers keep no logits from before the edit"
         )
-    if loss.is_recommended:
-        return {"name": "overtone_recommended", **(loss.overtone or {})}
     config = loss.config(PRESETS[alg_name])
     if config is not None:
-        return {"name": "overtone", **config.as_kwargs()}
+        return {"name": "overtone_recommended" if loss.is_recommended else "overtone", **config.as_kwargs()}
     hold = {} if loss.stop_below is None else {"hold_settled": loss.stop_below}
     if loss.label_smoothing:
         return {"name": "label_smoothing", "smoothing": loss.label_smoothing, **hold}
