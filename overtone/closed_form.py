@@ -65,11 +65,12 @@ def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tupl
     highest_below = below_weights.amax(dim=1)
     on_top = torch.where(is_below, 0, weights).sum(dim=1)
 
+    label_on_top = label == top
     label_weight = (label - top).exp()
     label_below = torch.where(label < top, label_weight, 0)
-    label_kept = (label > threshold) | (label == top)
+    label_kept = (label > threshold) | label_on_top
     kept_label_weight = torch.where(label_kept, label_weight, 0)
-    others_on_top = on_top - (label == top).to(top.dtype)
+    others_on_top = on_top - label_on_top.to(top.dtype)
     rest = others_on_top + (below - label_below)
     kept_rest = others_on_top + (kept_below - torch.where(label_kept, label_below, 0))
     total = rest + label_weight
@@ -94,7 +95,7 @@ def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tupl
     kl = torch.where(is_mixed, mixture_kl, -label_log_prob)
     kept_factor = torch.where(is_mixed, (lam - dropped_share) / kept_share, 1)
     label_gradient = torch.where(is_mixed, mixture_gradient, -rest / total)
-    is_first_choice = ((label == top) & (others_on_top == 0)).to(kl.dtype)
+    is_first_choice = (label_on_top & (others_on_top == 0)).to(kl.dtype)
     # Just below the top at most, so that the gradient keeps the top too without knowing it.
     threshold = torch.minimum(threshold, torch.nextafter(top, torch.full_like(top, -math.inf)))
     return kl.clamp(min=0), torch.stack([top + log_total, threshold, kept_factor, label_gradient, is_first_choice])
