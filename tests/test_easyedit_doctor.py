@@ -80,6 +80,10 @@ class TestTraps:
     def test_warns(self, name, changes, message):
         assert any(message in line for line in found(config_of(name, **changes)))
 
+    def test_a_loss_that_settles_no_token_sends_no_zero_gradients(self):
+        config = config_of("lora", token_loss={"name": "overtone_recommended", "hold_settled": False})
+        assert not any("Adam goes on moving" in line for line in found(config))
+
     def test_adalora_with_this_peft(self):
         from peft import AdaLoraConfig
 

@@ -120,6 +120,11 @@ class TestErrors:
             ({"name": "cross_entropy", "epsilon": 0.1}, "no option 'epsilon'"),
             ({"name": "cross_entropy", "hold_settled": True}, "no threshold"),
             ({"name": "cross_entropy", "hold_settled": -1}, "hold_settled.*-1"),
+            (
+                {"name": "cross_entropy", "hold_settled": "inf"},
+                "cross_entropy: hold_settled must be false or the mean",
+            ),
+            ({"name": "overtone", "hold_settled": "inf"}, "hold_settled=inf would hold every call"),
             ({"name": "label_smoothing", "smoothing": 2}, "smoothing.*2"),
             ({"name": "overtone", "activation_scale": 0.6}, "WISE alone"),
         ],

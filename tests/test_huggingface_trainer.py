@@ -264,7 +264,8 @@ class TestTokenStatesCallback:
         assert trainer.state.global_step == 3
 
     @pytest.mark.parametrize(
-        ("hold_settled", "epsilon", "hold_correct"), [(True, 1e-6, False), (1e-6, 50.0, False), (100.0, 50.0, True)]
+        ("hold_settled", "epsilon", "hold_correct"),
+        [(True, 1e-6, False), (1e-6, 50.0, False), (100.0, 50.0, True), (float("inf"), 0.0, True)],
     )
     def test_does_not_stop_while_there_is_something_to_learn(self, hold_settled, epsilon, hold_correct, tmp_path):
         """One token that is not settled is enough, a mean KL above the number, or a token that is not said yet."""

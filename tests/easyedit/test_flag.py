@@ -142,6 +142,18 @@ class TestWithTheFlag:
         torch.testing.assert_close(values, reference_loss(logits, labels, reduction="none", **settings))
 
     @pytest.mark.parametrize("method", METHODS)
+    def test_recommended(self, framework, edit, recorder, method):
+        """The trainer minimises the recommended loss, and WISE its own templates with it."""
+        overtone.easyedit.install(framework.methods)
+        run = edit(method, token_loss="overtone_recommended")
+        settings = OverToneConfig.recommended(PRESETS[method], hold_settled=False).as_kwargs()
+        for logits, labels, values in recorder:
+            torch.testing.assert_close(values, reference_loss(logits, labels, reduction="none", **settings))
+        target = run.editor.tok(" " + TARGETS[0], add_special_tokens=False)["input_ids"]
+        texts = len(framework.module("models.wise.utils").CONTEXT_TEMPLATES_CACHE) if method == "WISE" else 1
+        assert len(recorder[-1][1]) == len(target) * texts
+
+    @pytest.mark.parametrize("method", METHODS)
     def test_a_callable_gets_label_tokens_and_is_minimised(self, framework, edit, method):
         overtone.easyedit.install(framework.methods)
 
