@@ -93,7 +93,7 @@ def _add_bench(commands: Subcommands) -> None:
         "--preset",
         default="quick",
         help="quick: two methods, three losses, one seed, some minutes; paper-small: every loss on three worlds, "
-        "three seeds, T = 1, 10, 100, three to four hours on two cores. The options below change it (default: quick)",
+        "three seeds, T = 1, 10, 100, some hours on two cores. The options below change it (default: quick)",
     )
     parser.add_argument("--data", type=_names, help="by commas: short, long, soft, zsre, wikibio, mquake")
     for name, title in (("zsre", "KnowEdit's ZsRE"), ("wikibio", "KnowEdit's WikiBio"), ("mquake", "MQuAKE")):

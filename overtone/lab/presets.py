@@ -29,8 +29,8 @@ PRESETS: Mapping[str, BenchSettings] = {
         fit_lengths=True,
     ),
 }
-"""Two methods and three losses on one small world, in minutes; every loss on three worlds with three seeds, in three
-to four hours on two cores.
+"""Two methods and three losses on one small world, in minutes; every loss on three worlds with three seeds, in some
+hours on two cores.
 
 The published data join the second where their files are given."""
 
