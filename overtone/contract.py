@@ -62,7 +62,8 @@ def _check_number(name: str, value: object, expected: str, accepted: Callable[[f
         raise TypeError(
             f"{name} must be {expected}, got {value!r} of type {type(value).__name__}; pass a Python number"
         )
-    if not math.isfinite(value) or not accepted(value):
+    # Not math.isfinite, which torch.compile cannot trace once a second value has made a setting symbolic.
+    if not -math.inf < value < math.inf or not accepted(value):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 

@@ -408,6 +408,17 @@ class TestCompile:
         assert torch.equal(value, expected)
         assert torch.equal(gradient, expected_gradient)
 
+    def test_other_settings_stay_one_graph(self):
+        """Settings that change between calls, which the compiler then takes for variables, break no graph."""
+        torch.compiler.reset()
+        logits, labels = draw_tokens(24, 33)
+        step = torch.compile(overtone_loss, fullgraph=True, backend="aot_eager")
+        for arguments in ({}, {"epsilon": 0.1}, {"epsilon": 0.3, "lam": 0.4}, {"lam": 0.6, "n_sigma": 1.5}):
+            value, gradient = value_and_gradient(step, logits, labels, **arguments)
+            expected, expected_gradient = value_and_gradient(overtone_loss, logits, labels, **arguments)
+            assert torch.equal(value, expected)
+            assert torch.equal(gradient, expected_gradient)
+
     def test_operators_are_well_defined(self):
         """torch's own checks of schema and fake tensors pass."""
         logits, labels = draw_tokens(6, 5)
