@@ -36,6 +36,41 @@ class SettingTensors(NamedTuple):
     check: Tensor
 
 
+class ClipTensors(NamedTuple):
+    """When a token is let go and how much each weighs, as tensors ``()`` like those of `SettingTensors`.
+
+    Attributes:
+        epsilon: in nats.
+        hold_correct: 1 or 0.
+        row_weight: what the reduction multiplies each row's loss by.
+    """
+
+    epsilon: Tensor
+    hold_correct: Tensor
+    row_weight: Tensor
+
+
+class Fit(NamedTuple):
+    """What one call says of its rows, their gradient included.
+
+    Attributes:
+        loss: ``()``, the clipped KLs times the row weight, summed.
+        kl, coefficients: as from `kl_of_rows`.
+        correct: ``(B,)``, bool: the label is strictly the most probable token.
+        row_weights: ``(B,)``, 0 where settled.
+        gradient: ``(B, V)``, of the loss by the logits other than the labels', in their precision.
+        label_gradient: ``(B,)``, of the loss by the labels' logits.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    correct: Tensor
+    coefficients: Tensor
+    row_weights: Tensor
+    gradient: Tensor
+    label_gradient: Tensor
+
+
 def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tuple[Tensor, Tensor]:
     """KL(target || softmax(logits)) of each row, and what its gradient needs.
 
@@ -63,7 +98,8 @@ def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tupl
     below = below_weights.sum(dim=1)
     kept_below = torch.where(scores > threshold.unsqueeze(1), below_weights, 0).sum(dim=1)
     highest_below = below_weights.amax(dim=1)
-    on_top = torch.where(is_below, 0, weights).sum(dim=1)
+    # A count: the weight of each is 1.
+    on_top = (~is_below).sum(dim=1, dtype=torch.int32).to(top.dtype)
 
     label_on_top = label == top
     label_weight = (label - top).exp()
@@ -101,19 +137,54 @@ def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tupl
     return kl.clamp(min=0), torch.stack([top + log_total, threshold, kept_factor, label_gradient, is_first_choice])
 
 
-def write_gradient_of_rows(logits: Tensor, labels: Tensor, coefficients: Tensor, grad_kl: Tensor, out: Tensor) -> None:
-    """Write ``grad_kl * dKL/dlogits`` ``(B, V)`` into out, which may be the logits; exact zeros where grad_kl is 0.
+def gradient_of_others(logits: Tensor, coefficients: Tensor, grad_kl: Tensor) -> Tensor:
+    """``grad_kl * dKL/dlogits`` ``(B, V)`` of every token but the label; exact zeros where grad_kl is 0.
+
+    The label's own is `gradient_of_labels`, which is put in its place afterwards: to pick out one token in a pass over
+    all of them would take a quarter of its time.
 
     Args:
-        logits, labels: as in `kl_of_rows`, which gave the coefficients.
+        logits: as in `kl_of_rows`, which gave the coefficients.
         coefficients: ``(5, B)``.
         grad_kl: ``(B,)``, the gradient of each row's KL.
-        out: ``(B, V)``.
+
+    Returns:
+        In working precision.
     """
     scores, scale = logits.to(coefficients.dtype), grad_kl.unsqueeze(1)
-    log_normaliser, threshold, kept_factor, label_gradient, _ = coefficients.unsqueeze(2)
-    others = (scores - log_normaliser).exp() * torch.where(scores > threshold, kept_factor * scale, scale)
-    # In 32 bits, which vector units compare as fast as they load float32. A scatter would pass over out once more.
-    tokens = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)
-    is_label = tokens == labels.to(torch.int32).unsqueeze(1)
-    out.copy_(torch.where(scale == 0, 0, torch.where(is_label, label_gradient * scale, others)))
+    log_normaliser, threshold, kept_factor = coefficients[:3].unsqueeze(2)
+    probabilities = (scores - log_normaliser).exp()
+    return torch.where(scale == 0, 0, probabilities * torch.where(scores > threshold, kept_factor * scale, scale))
+
+
+def gradient_of_labels(coefficients: Tensor, grad_kl: Tensor) -> Tensor:
+    """``grad_kl * dKL/dlogit`` ``(B,)`` of the label; arguments as in `gradient_of_others`."""
+    return torch.where(grad_kl == 0, 0, coefficients[3] * grad_kl)
+
+
+def write_gradient_of_others(logits: Tensor, coefficients: Tensor, grad_kl: Tensor, out: Tensor) -> None:
+    """Write `gradient_of_others` into out ``(B, V)``, which shares no memory with the logits."""
+    out.copy_(gradient_of_others(logits, coefficients, grad_kl))
+
+
+def become_gradient_of_others(logits: Tensor, coefficients: Tensor, grad_kl: Tensor) -> None:
+    """Overwrite the logits with `gradient_of_others`; a function apart, since a compiler takes an alias badly."""
+    logits.copy_(gradient_of_others(logits, coefficients, grad_kl))
+
+
+def fit_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors, clip: ClipTensors) -> Fit:
+    """The loss of rows ``(B, V)`` with labels ``(B,)``, as in `kl_of_rows`, and its gradient, in one call."""
+    kl, coefficients = kl_of_rows(logits, labels, settings)
+    settled = (kl < clip.epsilon) & ((coefficients[4] != 0) | (clip.hold_correct == 0))
+    loss = (torch.where(settled, clip.epsilon, kl) * clip.row_weight).sum()
+    row_weights = torch.where(settled, 0, clip.row_weight)
+    others = gradient_of_others(logits, coefficients, row_weights).to(logits.dtype)
+    return Fit(
+        loss,
+        kl,
+        coefficients[4] != 0,
+        coefficients,
+        row_weights,
+        others,
+        gradient_of_labels(coefficients, row_weights).to(logits.dtype),
+    )

@@ -126,7 +126,9 @@ def flatten_tokens(
     """``(..., V)`` to ``(N, V)`` and ``(...)`` to ``(N,)`` int64; the reference detached."""
     vocabulary = logits.shape[-1]
     reference = None if reference_logits is None else reference_logits.detach().reshape(-1, vocabulary)
-    return logits.reshape(-1, vocabulary), labels.reshape(-1).long(), reference
+    # A view of what is flat already would be a node of the graph for nothing.
+    flat_logits = logits if logits.dim() == 2 else logits.reshape(-1, vocabulary)
+    return flat_logits, labels.reshape(-1).long(), reference
 
 
 def working_dtype(logits: Tensor) -> torch.dtype:

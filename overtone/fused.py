@@ -19,7 +19,7 @@ from overtone.contract import (
 )
 from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
 from overtone.once import refuse_second_derivative
-from overtone.rows import TargetSettings, row_gradient, row_kl
+from overtone.rows import TargetSettings, fit_rows, is_one_call, row_gradient, row_kl
 
 __all__ = ["overtone_loss"]
 
@@ -115,25 +115,47 @@ class _OverTone(torch.autograd.Function):
         ignore_index: int,
         reduction: Reduction,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        token_kl = _token_kl_operator if torch.compiler.is_compiling() else _token_kl
-        kl, coefficients = token_kl(logits, labels, reference_logits, *settings, ignore_index)
-        counted = labels != ignore_index
-        correct = coefficients[4] != 0
-        settled = counted & (kl < epsilon)
-        if hold_correct:
-            settled = settled & correct
-        row_weight = (counted ^ settled).to(kl.dtype)
-        token_loss = kl.masked_fill(settled, epsilon)
-        if reduction == "mean":
-            row_weight /= counted.sum().clamp(min=1)
+        ctx.settings, ctx.gradient = settings, None
+        if (
+            ctx.needs_input_grad[0]
+            and reference_logits is None
+            and reduction != "none"
+            and not torch.compiler.is_compiling()
+            and is_one_call(logits, labels, ignore_index)
+        ):
+            # Where few rows are, calls cost more than the rows, so their gradient is worked out with them.
+            fit = fit_rows(
+                logits,
+                labels,
+                settings,
+                epsilon=epsilon,
+                hold_correct=hold_correct,
+                row_weight=1 / len(labels) if reduction == "mean" else 1.0,
+            )
+            loss, kl, correct, coefficients, row_weight, ctx.gradient, _ = fit
+        else:
+            token_kl = _token_kl_operator if torch.compiler.is_compiling() else _token_kl
+            kl, coefficients = token_kl(logits, labels, reference_logits, *settings, ignore_index)
+            counted = labels != ignore_index
+            correct = coefficients[4] != 0
+            settled = counted & (kl < epsilon)
+            if hold_correct:
+                settled = settled & correct
+            row_weight = (counted ^ settled).to(kl.dtype)
+            loss = reduce_tokens(kl.masked_fill(settled, epsilon), counted, reduction)
+            if reduction == "mean":
+                row_weight /= counted.sum().clamp(min=1)
         ctx.save_for_backward(logits, labels, reference_logits, coefficients, row_weight)
-        ctx.settings = settings
         ctx.mark_non_differentiable(kl, correct)
-        return reduce_tokens(token_loss, counted, reduction), kl, correct
+        return loss, kl, correct
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         logits, labels, reference_logits, coefficients, row_weight = ctx.saved_tensors
+        # Handed out once: whoever gets it may keep it, or write to it.
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is not None and grad_loss == 1:
+            return refuse_second_derivative(gradient, logits), None, None, None, None, None, None, None
         arguments = grad_loss * row_weight, logits, labels, reference_logits, coefficients, *ctx.settings
         if torch.compiler.is_compiling():
             gradient = _token_kl_backward_operator(*arguments)

@@ -18,7 +18,7 @@ from overtone.contract import (
 )
 from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
 from overtone.once import refuse_second_derivative
-from overtone.rows import TargetSettings, row_gradient, row_kl
+from overtone.rows import TargetSettings, row_gradient, row_kl, slice_gradient
 
 __all__ = ["linear_overtone_loss"]
 
@@ -55,8 +55,8 @@ def linear_overtone_loss(
     Args:
         hidden: ``(..., H)``, the last hidden states. Ignored positions cost nothing.
         weight: ``(V, H)``, of the output layer, in the precision of hidden (cast by autocast, where that is on). Its
-            gradient is only worked out if it is wanted, and added up in float32 for lower precisions; a weight tied to
-            the embedding is fine.
+            gradient is only worked out if it is wanted, and never added up in low precision; a weight tied to the
+            embedding is fine.
         labels: ``(...)``, token ids in ``[0, V)``, or ignore_index.
         bias: ``(V,)`` or None.
         chunk_size: rows whose logits are held at once; None for as many as make 2**25 logits, in multiples of 64
@@ -185,46 +185,93 @@ def _chunked(
     rows, vocabulary = len(hidden), len(weight)
     dtype = working_dtype(hidden)
     kl = hidden.new_empty(rows, dtype=dtype)
-    sums_dtype = dtype if rows > problem.chunk_size else hidden.dtype
+    is_split = rows > problem.chunk_size
+    # A sum over chunks in bfloat16 would need one in float32 beside it, twice as large as the weight: there the
+    # vocabulary is split afterwards instead, which makes each row of the gradient in one product. In float16, whose
+    # mean is divided afterwards, that product could overflow; and a reference's target needs whole rows.
+    by_slices = is_split and hidden.dtype == torch.bfloat16 and problem.reference is None
+    sums_dtype = dtype if is_split and not by_slices else hidden.dtype
     gradients = _Gradients(
         torch.empty_like(hidden) if wanted[0] else None,
         torch.zeros_like(weight, dtype=sums_dtype) if wanted[1] else None,
         torch.zeros_like(weight[:, 0], dtype=sums_dtype) if wanted[2] else None,
     )
     row_weights = row_weights.expand(rows)
+    grad_kl = torch.zeros_like(kl)
+    coefficients = kl.new_empty(5, rows)
     buffer = hidden.new_empty(min(problem.chunk_size, rows), vocabulary)
     for start in range(0, rows, problem.chunk_size):
         chunk = slice(start, min(start + problem.chunk_size, rows))
         logits = buffer[: chunk.stop - start]
-        if bias is None:
-            torch.mm(hidden[chunk], weight.t(), out=logits)
-        else:
-            torch.addmm(bias, hidden[chunk], weight.t(), out=logits)
+        _write_logits(hidden[chunk], weight, bias, out=logits)
         labels = problem.labels[chunk]
         reference = None if problem.reference is None else problem.reference[chunk]
-        kl[chunk], coefficients = row_kl(logits, labels, reference, problem.settings, ignore_index=-1)
-        problem.correct[chunk] = coefficients[4] != 0
-        if not any(wanted):
+        kl[chunk], coefficients[:, chunk] = row_kl(logits, labels, reference, problem.settings, ignore_index=-1)
+        problem.correct[chunk] = coefficients[4, chunk] != 0
+        grad_kl[chunk] = torch.where(problem.settled(kl[chunk], chunk), 0, row_weights[chunk])
+        if not wanted[0] and (by_slices or not any(wanted)):
             continue
-        grad_kl = torch.where(problem.settled(kl[chunk], chunk), 0, row_weights[chunk])
-        row_gradient(grad_kl, logits, labels, reference, coefficients, problem.settings, out=logits)
+        row_gradient(grad_kl[chunk], logits, labels, reference, coefficients[:, chunk], problem.settings, out=logits)
         if gradients.hidden is not None:
             torch.mm(logits, weight, out=gradients.hidden[chunk])
-        if gradients.weight is not None:
-            _add_product(gradients.weight, logits, hidden[chunk])
-        if gradients.bias is not None:
-            gradients.bias.add_(logits.sum(dim=0, dtype=gradients.bias.dtype))
+        if not by_slices:
+            _add_gradients(gradients, logits, hidden[chunk])
+    if by_slices and (wanted[1] or wanted[2]):
+        del buffer, logits
+        _write_gradients_by_slices(gradients, hidden, weight, bias, problem, coefficients, grad_kl)
     return kl, gradients
 
 
-def _add_product(total: Tensor, logits: Tensor, hidden: Tensor) -> None:
-    """Add ``logits.T @ hidden`` to total ``(V, H)``, which may be in a higher precision."""
-    if total.dtype == hidden.dtype:
-        total.addmm_(logits.t(), hidden)
-        return
-    # In parts, so that the product in low precision is never as large as the weight.
-    for part, part_logits in zip(total.chunk(16), logits.chunk(16, dim=1), strict=True):
-        part.add_(part_logits.t() @ hidden)
+def _write_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def _add_gradients(gradients: _Gradients, logits_gradient: Tensor, hidden: Tensor) -> None:
+    """Add what a chunk of rows gives to the gradients of weight and bias, which may be in a higher precision."""
+    if gradients.weight is not None:
+        if gradients.weight.dtype == hidden.dtype:
+            gradients.weight.addmm_(logits_gradient.t(), hidden)
+        else:
+            gradients.weight.add_(logits_gradient.t() @ hidden)
+    if gradients.bias is not None:
+        gradients.bias.add_(logits_gradient.sum(dim=0, dtype=gradients.bias.dtype))
+
+
+def _write_gradients_by_slices(
+    gradients: _Gradients,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    problem: _Problem,
+    coefficients: Tensor,
+    grad_kl: Tensor,
+) -> None:
+    """Write the gradients of weight and bias, a slice of the vocabulary at a time; the logits are worked out again.
+
+    Args:
+        gradients: to write to, in the precision of hidden.
+        hidden, weight, bias, problem: as in `_chunked`.
+        coefficients: ``(5, M)``, of `row_kl`.
+        grad_kl: ``(M,)``.
+    """
+    needed = grad_kl.nonzero().squeeze(1)
+    labels = problem.labels
+    if len(needed) < len(grad_kl):
+        hidden, labels, coefficients, grad_kl = hidden[needed], labels[needed], coefficients[:, needed], grad_kl[needed]
+    logits_at_once = problem.chunk_size * len(weight)
+    width = CHUNK_MULTIPLE * max(1, logits_at_once // max(1, len(hidden)) // CHUNK_MULTIPLE)
+    for start in range(0, len(weight), width):
+        tokens = slice(start, min(start + width, len(weight)))
+        logits = hidden.new_empty(len(hidden), tokens.stop - start)
+        _write_logits(hidden, weight[tokens], None if bias is None else bias[tokens], out=logits)
+        slice_gradient(grad_kl, logits, labels - start, coefficients)
+        if gradients.weight is not None:
+            torch.mm(logits.t(), hidden, out=gradients.weight[tokens])
+        if gradients.bias is not None:
+            gradients.bias[tokens] = logits.sum(dim=0, dtype=grad_kl.dtype).to(hidden.dtype)
 
 
 class _LinearKl(torch.autograd.Function):

@@ -10,14 +10,23 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from overtone.closed_form import SettingTensors, kl_of_rows, write_gradient_of_rows
+from overtone.closed_form import (
+    ClipTensors,
+    Fit,
+    SettingTensors,
+    become_gradient_of_others,
+    fit_of_rows,
+    gradient_of_labels,
+    kl_of_rows,
+    write_gradient_of_others,
+)
 from overtone.compiled import Fused
 from overtone.contract import check_labels, working_dtype
 from overtone.functional import build_target, clipped_kl, ground_truth_check
 
 Rows: TypeAlias = slice | Tensor
 
-_fused = Fused(kl_of_rows, write_gradient_of_rows)
+_fused = Fused(kl_of_rows, write_gradient_of_others, become_gradient_of_others, fit_of_rows)
 
 
 class TargetSettings(NamedTuple):
@@ -53,6 +62,7 @@ def row_kl(
     Raises:
         ValueError: for a label out of range, on the CPU; elsewhere that would cost a synchronisation.
     """
+    logits = logits.detach()  # which compiles once for logits with and without a graph
     counted = labels != ignore_index
     if logits.device.type == "cpu":
         check_labels(labels, logits.shape[1], ignore_index)
@@ -73,6 +83,43 @@ def row_kl(
     return kl.where(counted, 0), coefficients
 
 
+def is_one_call(logits: Tensor, labels: Tensor, ignore_index: int) -> bool:
+    """Whether `fit_rows` can be called: on a few compiled rows of the CPU that all count, as an edit has them.
+
+    Elsewhere than on the CPU it would cost a synchronisation to know.
+    """
+    if logits.device.type != "cpu" or not 0 < len(logits) <= _fused.rows_at_once(logits):
+        return False
+    if not _fused.is_worthwhile(logits):
+        return False
+    values = labels.tolist()  # sooner looked at one by one than by tensor operations
+    return min(values) >= 0 and max(values) < logits.shape[1] and ignore_index not in values
+
+
+def fit_rows(
+    logits: Tensor,
+    labels: Tensor,
+    settings: TargetSettings,
+    *,
+    epsilon: float,
+    hold_correct: bool,
+    row_weight: float,
+) -> Fit:
+    """Everything about the rows ``(N, V)``, their gradient included, at once, where `is_one_call`.
+
+    Args:
+        logits, labels, settings: as in `row_kl`.
+        epsilon, hold_correct: as in `overtone.overtone_loss`.
+        row_weight: what the reduction multiplies each row's loss by.
+    """
+    tensors = settings.tensors(logits)
+    clip = ClipTensors(*[tensors.lam.new_full((), value) for value in (epsilon, float(hold_correct), row_weight)])
+    with _without_autocast(logits):
+        fit: Fit = _fused.call(fit_of_rows, logits, logits.detach(), labels, tensors, clip)
+    _set_labels(fit.gradient, labels, fit.label_gradient)
+    return fit
+
+
 def row_gradient(
     grad_kl: Tensor,
     logits: Tensor,
@@ -87,6 +134,8 @@ def row_gradient(
 
     Rows whose grad_kl is 0, ignored or settled, get exact zeros; on the CPU they cost little more than these.
     """
+    is_in_place = out is logits
+    logits = logits.detach()
     needed = grad_kl != 0
     labels = labels.where(needed, 0)
     # Picking rows is a copy, which pays only where many are left out.
@@ -95,20 +144,55 @@ def row_gradient(
         out[~needed] = 0
     with _without_autocast(logits):
         for rows in blocks:
+            # Picked rows are a copy, worked on in place.
             block, block_labels, scale = logits[rows], labels[rows], grad_kl[rows]
-            # Picked rows are a copy, worked on in place. Where out is the logits, the block is handed over twice, since
-            # a compiler takes two views of one memory badly.
-            block_out = out[rows] if isinstance(rows, slice) and out is not logits else block
+            block_out = out[rows] if isinstance(rows, slice) and not is_in_place else block
             if reference_logits is None:
-                _fused.call(
-                    write_gradient_of_rows, logits, block, block_labels, coefficients[:, rows], scale, block_out
-                )
+                own = coefficients[:, rows]
+                _write_others(logits, block, own, scale, out=block_out)
+                _set_labels(block_out, block_labels, gradient_of_labels(own, scale))
             else:
                 target = build_target(reference_logits[rows].to(coefficients.dtype), block_labels, *settings)
                 gradient = (block.to(target.dtype).softmax(dim=1) - target) * scale.unsqueeze(1)
                 block_out.copy_(torch.where(scale.unsqueeze(1) == 0, 0, gradient))
             if not isinstance(rows, slice):
                 out[rows] = block_out
+
+
+def slice_gradient(grad_kl: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor) -> None:
+    """Overwrite the logits ``(N, W)`` of a slice of the vocabulary with their gradient.
+
+    Args:
+        grad_kl: ``(N,)``.
+        logits: ``(N, W)``.
+        labels: ``(N,)``, counted from the beginning of the slice, in which they need not lie.
+        coefficients: ``(5, N)``, from `row_kl` of the whole rows.
+    """
+    values = gradient_of_labels(coefficients, grad_kl)
+    size = _fused.rows_at_once(logits)
+    with _without_autocast(logits):
+        for start in range(0, len(logits), size):
+            rows = slice(start, start + size)
+            block = logits[rows]
+            _write_others(logits, block, coefficients[:, rows], grad_kl[rows], out=block)
+    here = ((labels >= 0) & (labels < logits.shape[1])).nonzero().squeeze(1)
+    logits[here, labels[here]] = values[here].to(logits.dtype)
+
+
+def _write_others(logits: Tensor, block: Tensor, coefficients: Tensor, grad_kl: Tensor, *, out: Tensor) -> None:
+    """Write the gradient of a block of the logits, but for the labels, into out, which may be the block itself."""
+    # Copies, since the compiler has another function for views.
+    coefficients, grad_kl = (few.clone(memory_format=torch.contiguous_format) for few in (coefficients, grad_kl))
+    if out is block:
+        _fused.call(become_gradient_of_others, logits, block, coefficients, grad_kl)
+    else:
+        _fused.call(write_gradient_of_others, logits, block, coefficients, grad_kl, out)
+
+
+def _set_labels(rows: Tensor, labels: Tensor, values: Tensor) -> None:
+    """Put a value ``(B,)`` at the label ``(B,)`` of each row ``(B, V)``."""
+    # Not a scatter, which in half precision goes over all of the rows.
+    rows[torch.arange(len(rows), device=rows.device), labels] = values.to(rows.dtype)
 
 
 def _without_autocast(logits: Tensor) -> AbstractContextManager[object]:

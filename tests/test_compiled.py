@@ -7,7 +7,7 @@ import pytest
 import torch
 from gradients import value_and_gradient
 
-from overtone import closed_form, compiled, linear_overtone_loss, overtone_loss, rows
+from overtone import compiled, fused, linear_overtone_loss, overtone_loss, rows
 from overtone.functional import reference_loss
 
 SETTINGS = [
@@ -35,7 +35,11 @@ def always_compiled(monkeypatch):
     """Every call compiles, however small; the compiler starts anew."""
     torch._dynamo.reset()
     monkeypatch.setattr(compiled, "COMPILE_FROM", 0)
-    monkeypatch.setattr(rows, "_fused", compiled.Fused(closed_form.kl_of_rows, closed_form.write_gradient_of_rows))
+    monkeypatch.setattr(
+        rows,
+        "_fused",
+        compiled.Fused(*rows._fused._compiled),
+    )
     yield
     torch._dynamo.reset()
 
@@ -60,6 +64,25 @@ class TestFused:
                     epsilon = torch.finfo(dtype).eps
                     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2 * epsilon, atol=4e-7)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_gradient_worked_out_with_the_loss(self, dtype, reduction, always_compiled, monkeypatch):
+        """A few rows that all count have it from the forward pass, once; it is the backward pass' own."""
+        logits, labels = draw_tokens(9, 700, dtype)
+        labels[1] = 5
+        for settings in (*SETTINGS, {"epsilon": 0.5, "hold_correct": True}):
+            results = []
+            for is_at_once in (True, False):
+                monkeypatch.setattr(fused, "is_one_call", rows.is_one_call if is_at_once else lambda *_: False)
+                leaf = logits.clone().requires_grad_()
+                loss = overtone_loss(leaf, labels, reduction=reduction, **settings)
+                assert (loss.grad_fn.gradient is not None) == is_at_once
+                own, again = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
+                assert loss.grad_fn.gradient is None
+                (half,) = torch.autograd.grad(loss, leaf, torch.tensor(0.5))
+                results.append((loss.detach(), own, again, half))
+            torch.testing.assert_close(results[0], results[1], rtol=2 * torch.finfo(dtype).eps, atol=4e-7)
+
     def test_inside_linear(self, always_compiled):
         """`linear_overtone_loss` overwrites its chunks' logits with their gradient in the compiled function, too."""
         torch.manual_seed(0)
@@ -76,6 +99,30 @@ class TestFused:
             results.append((value.detach(), *(leaf.grad for leaf in leaves)))
         for result, expected in zip(*results, strict=True):
             torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+    def test_every_way_to_a_function_compiles_it_once(self, always_compiled):
+        """Rows that are a view, a copy, a graph's leaf or a chunk's logits are all the same to the compiler."""
+        hidden, weight = torch.randn(40, 8), torch.randn(300, 8)
+        logits, labels = hidden @ weight.t(), torch.randint(300, (40,))
+        ignored = labels.where(torch.arange(40) % 3 == 0, -100)
+
+        def every_way():
+            overtone_loss(logits.clone().requires_grad_(), labels, epsilon=0).backward()
+            (overtone_loss(logits.clone().requires_grad_(), labels, epsilon=0) / 2).backward()
+            overtone_loss(logits.clone().requires_grad_(), ignored, epsilon=0, reduction="none").sum().backward()
+            for rows_at_once in (17, 64):
+                for frozen in (True, False):
+                    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+                    linear_overtone_loss(*leaves, labels, chunk_size=rows_at_once).backward()
+                    bfloat = [leaf.detach().bfloat16().requires_grad_(leaf.requires_grad) for leaf in leaves]
+                    linear_overtone_loss(*bfloat, labels, chunk_size=rows_at_once).backward()
+
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        every_way()
+        # Forward, gradient and gradient in place in float32 and, of linear alone, without the second, in bfloat16; all
+        # at once for the first call.
+        assert counters["stats"]["unique_graphs"] == 3 + 2 + 1
 
     def test_inside_a_compiled_step(self, always_compiled):
         """A user's own compiled step holds the loss as whole nodes, in which the fused functions run."""
