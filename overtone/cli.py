@@ -125,7 +125,9 @@ def _add_report(commands: Subcommands) -> None:
         help="render the results of a bench",
         description="Write report.md, CSV files and figures from a results file alone, finished or not.",
     )
-    parser.add_argument("results", type=Path, help="results.jsonl of overtone bench")
+    parser.add_argument("results", type=Path, help="results.jsonl of overtone bench, or the same as .gz")
+    parser.add_argument("--losses", nargs="+", default=(), help="by spaces: of these alone (default: all)")
+    parser.add_argument("--seeds", type=_numbers, default=(), help="by commas: of these alone (default: all)")
     parser.add_argument("--out", type=Path, help="folder (default: that of the results)")
     parser.set_defaults(run=_report)
 
@@ -259,8 +261,9 @@ def _report(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
     path: Path = arguments.results
     try:
-        results = load_results(path)
-        written = write_report(path, arguments.out or path.parent)
+        chosen = {"losses": arguments.losses, "seeds": arguments.seeds}
+        results = load_results(path, **chosen)
+        written = write_report(path, arguments.out or path.parent, **chosen)
     except (ValueError, OSError) as error:
         return _fail(str(error))
     console = Console()

@@ -49,8 +49,8 @@ class OverToneConfig:
     def recommended(cls, method: str, **changes: Any) -> OverToneConfig:
         """What edited best in our own experiments, beyond the paper, with any of it changed by name.
 
-        For "lora", "melo" and "wise" the target is always mixed, and a step held as soon as every label is the model's
-        first choice; for "ft-m" it is held once, besides, the mean KL is at or below 0.05.
+        Every target is half the true token and half the model's own filtered distribution, and a step is held as soon
+        as every label is the model's first choice.
 
         Args:
             method: "ft-m", "lora", "melo" or "wise".
@@ -80,12 +80,9 @@ PRESETS: dict[str, dict[str, float]] = {
 _UNTIL_CORRECT = {"epsilon": 0.0, "lam": 0.5, "check": False, "hold_settled": math.inf, "hold_correct": True}
 
 RECOMMENDED: dict[str, dict[str, Any]] = {
-    "ft-m": {"epsilon": 0.05, "lam": 0.5, "hold_settled": 0.05, "hold_correct": True},
-    "lora": {**_UNTIL_CORRECT, "n_sigma": 0.5},
-    "melo": {**_UNTIL_CORRECT, "n_sigma": 1.0},
-    "wise": {**_UNTIL_CORRECT, "n_sigma": 1.0},
+    method: {**_UNTIL_CORRECT, "n_sigma": preset["n_sigma"]} for method, preset in PRESETS.items()
 }
-"""Ours, by method."""
+"""Ours, by method; the filter's width is the paper's."""
 
 
 class OverToneLoss(nn.Module):

@@ -118,6 +118,36 @@ class TestWriteReport:
             lines
         )
 
+    def test_of_chosen_losses_and_seeds_alone(self, tmp_path):
+        """The tables are those of a file that holds nothing else; the report says what it leaves out."""
+        outcomes = grid()
+        losses, seed = ("cross_entropy", "early_stopping"), 1
+        few = [edit for edit in outcomes if edit.loss in losses and edit.seed == seed]
+        write_report(write(tmp_path / "few.jsonl", few), tmp_path / "few")
+        results = write(tmp_path / "all.jsonl", outcomes)
+        # As somebody writes it, not as the file does.
+        chosen = ["--losses", "cross_entropy", "early_stopping:stop_below=0.1", "--seeds", "1"]
+        assert cli.main(["report", str(results), *chosen, "--out", str(tmp_path / "all")]) == 0
+        for table in ("table1.csv", "table2.csv", "forgetting.csv"):
+            assert (tmp_path / "all" / table).read_text() == (tmp_path / "few" / table).read_text()
+        (said,) = [line for line in text_of(tmp_path / "all").splitlines() if "not in this report" in line]
+        assert said.endswith("loss label_smoothing, loss overtone, loss overtone:check=false, seed 0")
+        assert "not in this report" not in text_of(tmp_path / "few")
+
+    @pytest.mark.parametrize(
+        ("chosen", "message"),
+        [
+            (["--losses", "overtone_held"], "unknown loss 'overtone_held': choose from cross_entropy, "),
+            (["--losses", "hinge"], "unknown loss 'hinge'"),
+            (["--seeds", "0,7"], "unknown seed '7': choose from 0, 1"),
+        ],
+    )
+    def test_what_the_file_does_not_have_is_refused(self, chosen, message, tmp_path, capsys):
+        results = write(tmp_path / "results.jsonl", grid())
+        assert cli.main(["report", str(results), *chosen]) == 2
+        assert message in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+
     def test_a_misprinted_average_is_said_to_be_one(self, tmp_path):
         outcomes = [
             edit

@@ -209,11 +209,13 @@ def _what_was_run(results: Results) -> Iterator[str]:
     yield f"- Settings: {_said({name: list(dict.fromkeys(values)) for name, values in found.items()})}"
     losses = dict.fromkeys(outcome.loss for outcome in results.outcomes)
     yield f"- Losses: {', '.join(f'{loss_title(loss)} (`{loss}`)' for loss in losses)}"
+    if results.left_out:
+        yield f"- In the file, but not in this report: {', '.join(results.left_out)}"
     for key in ("optimisers", "traced"):
         if key in header:
             yield f"- {key.capitalize()}: {_said(header[key])}"
     yield ""
-    models = header.get("models", [])
+    models = [model for model in header.get("models", []) if model["seed"] in found["seeds"]]
     if models:
         yield markdown_line(["Data", "Seed", "Model", "Knew before the edits", "Perplexity"])
         yield markdown_line(["---", "---:", "---", "---", "---:"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from overtone.lab.bench_csv import forgetting_csv, overall_csv, table_csv
@@ -16,22 +17,25 @@ REPORT, FIGURES = "report.md", "figures"
 """The file to begin with and the folder for images, both in the output folder."""
 
 
-def write_report(results_path: Path, out_folder: Path) -> list[Path]:
+def write_report(
+    results_path: Path, out_folder: Path, *, losses: Collection[str] = (), seeds: Collection[int] = ()
+) -> list[Path]:
     """Write report.md, CSV files and figures from a results file.
 
     Args:
         results_path: results.jsonl of `overtone bench`.
         out_folder: made if need be; files of an earlier report are replaced.
+        losses, seeds: of those alone; none for all.
 
     Returns:
         What was written, report.md first.
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: it is not a results file, or has no finished edit.
+        ValueError: it is not a results file, has no finished edit, or lacks a loss or seed that is asked for.
         ImportError: SciPy, rich or matplotlib is not there.
     """
-    results = load_results(results_path)
+    results = load_results(results_path, losses=losses, seeds=seeds)
     editing = editing_blocks(results.outcomes)
     questions = question_blocks(results.outcomes)
     ablations = ablation_blocks(results.outcomes)
