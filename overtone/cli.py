@@ -128,7 +128,7 @@ def _add_report(commands: Subcommands) -> None:
     parser.add_argument("results", type=Path, help="results.jsonl of overtone bench, or the same as .gz")
     parser.add_argument("--losses", nargs="+", default=(), help="by spaces: of these alone (default: all)")
     parser.add_argument("--seeds", type=_numbers, default=(), help="by commas: of these alone (default: all)")
-    parser.add_argument("--out", type=Path, help="folder (default: that of the results)")
+    parser.add_argument("--out", type=Path, help="folder (default: that of the results, for a report of all)")
     parser.set_defaults(run=_report)
 
 
@@ -150,9 +150,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _numbers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(map(int, _names(text)))
+        numbers = tuple(map(int, _names(text)))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"whole numbers by commas are expected, got {text!r}") from None
+        numbers = ()
+    if not numbers:
+        raise argparse.ArgumentTypeError(f"whole numbers by commas are expected, got {text!r}")
+    return numbers
 
 
 def _demo(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -260,6 +263,8 @@ def _report(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     from overtone.lab.bench_results import load_results
 
     path: Path = arguments.results
+    if (arguments.losses or arguments.seeds) and arguments.out is None:
+        return _fail("--losses and --seeds need --out: their report would replace that of the whole file")
     try:
         chosen = {"losses": arguments.losses, "seeds": arguments.seeds}
         results = load_results(path, **chosen)

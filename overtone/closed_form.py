@@ -58,7 +58,7 @@ class Fit(NamedTuple):
         kl, coefficients: as from `kl_of_rows`.
         correct: ``(B,)``, bool: the label is strictly the most probable token.
         row_weights: ``(B,)``, 0 where settled.
-        gradient: ``(B, V)``, of the loss by the logits other than the labels', in their precision.
+        gradient: ``(B, V)``, of the loss by the logits, in their precision; the labels' own are yet to be put in.
         label_gradient: ``(B,)``, of the loss by the labels' logits.
     """
 
@@ -98,8 +98,8 @@ def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tupl
     below = below_weights.sum(dim=1)
     kept_below = torch.where(scores > threshold.unsqueeze(1), below_weights, 0).sum(dim=1)
     highest_below = below_weights.amax(dim=1)
-    # A count: the weight of each is 1.
-    on_top = (~is_below).sum(dim=1, dtype=torch.int32).to(top.dtype)
+    # A count, since the weight of each is 1; top - top is 0, but NaN where the top is infinite.
+    on_top = (~is_below).sum(dim=1, dtype=torch.int32) + (top - top)
 
     label_on_top = label == top
     label_weight = (label - top).exp()

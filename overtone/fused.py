@@ -83,7 +83,15 @@ def overtone_loss(
     settings = TargetSettings(None if n_sigma is None else float(n_sigma), float(lam), check)
     loss: Tensor
     loss, kl, correct = _OverTone.apply(  # type: ignore[no-untyped-call]
-        token_logits, token_labels, reference, settings, float(epsilon), hold_correct, ignore_index, reduction
+        token_logits,
+        token_labels,
+        reference,
+        settings,
+        float(epsilon),
+        hold_correct,
+        ignore_index,
+        reduction,
+        torch.is_grad_enabled() and token_logits.requires_grad,
     )
     if hold_settled is not False:
         counted = token_labels != ignore_index
@@ -114,10 +122,11 @@ class _OverTone(torch.autograd.Function):
         hold_correct: bool,
         ignore_index: int,
         reduction: Reduction,
+        is_trained: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.settings, ctx.gradient = settings, None
         if (
-            ctx.needs_input_grad[0]
+            is_trained
             and reference_logits is None
             and reduction != "none"
             and not torch.compiler.is_compiling()
@@ -154,14 +163,15 @@ class _OverTone(torch.autograd.Function):
         logits, labels, reference_logits, coefficients, row_weight = ctx.saved_tensors
         # Handed out once: whoever gets it may keep it, or write to it.
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is not None and grad_loss == 1:
-            return refuse_second_derivative(gradient, logits), None, None, None, None, None, None, None
-        arguments = grad_loss * row_weight, logits, labels, reference_logits, coefficients, *ctx.settings
-        if torch.compiler.is_compiling():
-            gradient = _token_kl_backward_operator(*arguments)
-        else:
-            gradient = refuse_second_derivative(_token_kl_backward(*arguments), logits)
-        return gradient, None, None, None, None, None, None, None
+        if gradient is not None and grad_loss != 1:
+            # In half precision what a loss scale could have saved is lost by now.
+            gradient = gradient.mul_(grad_loss.detach()) if gradient.dtype == row_weight.dtype else None
+        if gradient is None:
+            arguments = grad_loss * row_weight, logits, labels, reference_logits, coefficients, *ctx.settings
+            if torch.compiler.is_compiling():
+                return _token_kl_backward_operator(*arguments), *[None] * 8
+            gradient = _token_kl_backward(*arguments)
+        return refuse_second_derivative(gradient, logits), *[None] * 8
 
 
 def _token_kl(

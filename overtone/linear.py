@@ -59,8 +59,8 @@ def linear_overtone_loss(
             embedding is fine.
         labels: ``(...)``, token ids in ``[0, V)``, or ignore_index.
         bias: ``(V,)`` or None.
-        chunk_size: rows whose logits are held at once; None for as many as make 2**25 logits, in multiples of 64
-            and at least 64.
+        chunk_size: rows whose logits are held at once, or as many logits of a slice of the vocabulary of at least 64
+            tokens; None for as many rows as make 2**25 logits, in multiples of 64 and at least 64.
         epsilon, n_sigma, lam, check, ignore_index, reduction, hold_settled, hold_correct: as in `overtone_loss`.
         reference_logits: ``(..., V)``, the unedited model's logits, as in `overtone_loss`.
 
@@ -235,7 +235,10 @@ def _add_gradients(gradients: _Gradients, logits_gradient: Tensor, hidden: Tenso
         if gradients.weight.dtype == hidden.dtype:
             gradients.weight.addmm_(logits_gradient.t(), hidden)
         else:
-            gradients.weight.add_(logits_gradient.t() @ hidden)
+            # In parts, so that the product in low precision is never as large as the weight.
+            parts = zip(gradients.weight.chunk(16), logits_gradient.chunk(16, dim=1), strict=True)
+            for part, part_gradient in parts:
+                part.add_(part_gradient.t() @ hidden)
     if gradients.bias is not None:
         gradients.bias.add_(logits_gradient.sum(dim=0, dtype=gradients.bias.dtype))
 
@@ -272,6 +275,7 @@ def _write_gradients_by_slices(
             torch.mm(logits.t(), hidden, out=gradients.weight[tokens])
         if gradients.bias is not None:
             gradients.bias[tokens] = logits.sum(dim=0, dtype=grad_kl.dtype).to(hidden.dtype)
+        del logits  # before the next slice's are made
 
 
 class _LinearKl(torch.autograd.Function):

@@ -26,6 +26,9 @@ from overtone.functional import build_target, clipped_kl, ground_truth_check
 
 Rows: TypeAlias = slice | Tensor
 
+FEW_ROWS = 1024
+"""Up to as many, calls cost more than what is done in them."""
+
 _fused = Fused(kl_of_rows, write_gradient_of_others, become_gradient_of_others, fit_of_rows)
 
 
@@ -88,7 +91,7 @@ def is_one_call(logits: Tensor, labels: Tensor, ignore_index: int) -> bool:
 
     Elsewhere than on the CPU it would cost a synchronisation to know.
     """
-    if logits.device.type != "cpu" or not 0 < len(logits) <= _fused.rows_at_once(logits):
+    if logits.device.type != "cpu" or not 0 < len(logits) <= min(FEW_ROWS, _fused.rows_at_once(logits)):
         return False
     if not _fused.is_worthwhile(logits):
         return False
@@ -111,6 +114,9 @@ def fit_rows(
         logits, labels, settings: as in `row_kl`.
         epsilon, hold_correct: as in `overtone.overtone_loss`.
         row_weight: what the reduction multiplies each row's loss by.
+
+    Returns:
+        With the labels' gradients put in.
     """
     tensors = settings.tensors(logits)
     clip = ClipTensors(*[tensors.lam.new_full((), value) for value in (epsilon, float(hold_correct), row_weight)])
@@ -175,8 +181,10 @@ def slice_gradient(grad_kl: Tensor, logits: Tensor, labels: Tensor, coefficients
             rows = slice(start, start + size)
             block = logits[rows]
             _write_others(logits, block, coefficients[:, rows], grad_kl[rows], out=block)
-    here = ((labels >= 0) & (labels < logits.shape[1])).nonzero().squeeze(1)
-    logits[here, labels[here]] = values[here].to(logits.dtype)
+    # Rows whose label lies elsewhere keep what they have: picking the others would cost a synchronisation.
+    tokens = labels.clamp(0, logits.shape[1] - 1)
+    kept = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    _set_labels(logits, tokens, torch.where(tokens == labels, values.to(logits.dtype), kept))
 
 
 def _write_others(logits: Tensor, block: Tensor, coefficients: Tensor, grad_kl: Tensor, *, out: Tensor) -> None:

@@ -28,6 +28,7 @@ from overtone.lab.sequences import SequenceTask
 from overtone.lab.sessions import WeightSession
 from overtone.lab.sharding import Shard
 from overtone.lab.world import Probe
+from overtone.loss import RECOMMENDED
 
 ALONE = Shard(0, 1)
 
@@ -293,6 +294,13 @@ class TestResume:
         with pytest.raises(
             ValueError, match=r"another version of overtone, version of peft, .*: choose another folder"
         ):
+            finish(settings(model), tmp_path)
+
+    def test_refuses_other_recommended_settings(self, model, corpora, tmp_path, monkeypatch):
+        """One name would stand for two losses."""
+        finish(settings(model), tmp_path)
+        monkeypatch.setitem(RECOMMENDED, "ft-m", {})
+        with pytest.raises(ValueError, match="another recommended setting of ft-m: choose another folder"):
             finish(settings(model), tmp_path)
 
     @pytest.mark.parametrize("line", ['{"format": "something else"}', "[]", '{"a": 1}\n{"b": 2}'])

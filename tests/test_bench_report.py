@@ -144,8 +144,16 @@ class TestWriteReport:
     )
     def test_what_the_file_does_not_have_is_refused(self, chosen, message, tmp_path, capsys):
         results = write(tmp_path / "results.jsonl", grid())
-        assert cli.main(["report", str(results), *chosen]) == 2
+        assert cli.main(["report", str(results), *chosen, "--out", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_a_choice_does_not_replace_the_report_of_all(self, tmp_path, capsys):
+        results = write(tmp_path / "results.jsonl", grid())
+        assert cli.main(["report", str(results), "--seeds", "1"]) == 2
+        assert "need --out" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            cli.main(["report", str(results), "--seeds", ",", "--out", str(tmp_path / "out")])
         assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
     def test_a_misprinted_average_is_said_to_be_one(self, tmp_path):

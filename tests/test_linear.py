@@ -118,19 +118,22 @@ class TestAgainstTwoSteps:
             allowed = (standard.double() - truth).abs().max() + torch.finfo(torch.bfloat16).eps * truth.abs().max()
             assert (gradient.double() - truth).abs().max() <= allowed
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_many_chunks_lose_nothing(self, dtype):
+    @pytest.mark.parametrize(
+        ("dtype", "has_reference"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)]
+    )
+    def test_many_chunks_lose_nothing(self, dtype, has_reference):
         """Hundreds of chunks lose nothing against the two-step version, and large hidden states do not overflow."""
         generator = torch.Generator().manual_seed(0)
         hidden = (torch.randn(1024, 8, generator=generator) * 30 + 100).to(dtype)
         weight = (torch.randn(20, 8, generator=generator) / 100).to(dtype)
         labels = torch.randint(20, (1024,), generator=generator)
-        exact = value_and_gradients(
-            two_step, [hidden.double().requires_grad_(), weight.double().requires_grad_(), None], labels
-        )[1][1]
+        reference = torch.randn(1024, 20, generator=generator) if has_reference else None
+        arguments = {"reference_logits": reference}
         tensors = [hidden.requires_grad_(), weight.requires_grad_(), None]
-        standard = value_and_gradients(two_step, tensors, labels)[1][1]
-        gradient = value_and_gradients(linear_overtone_loss, tensors, labels, chunk_size=4)[1][1]
+        in_float64 = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), None]
+        exact = value_and_gradients(two_step, in_float64, labels, **arguments)[1][1]
+        standard = value_and_gradients(two_step, tensors, labels, **arguments)[1][1]
+        gradient = value_and_gradients(linear_overtone_loss, tensors, labels, chunk_size=4, **arguments)[1][1]
         allowed = (standard.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
         assert (gradient.double() - exact).abs().max() <= allowed
 

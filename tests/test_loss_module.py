@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import pickle
 
 import pytest
@@ -33,10 +34,15 @@ class TestConfig:
         with pytest.raises(ValueError, match=r"method must be one of \['ft-m', 'lora', 'melo', 'wise'\], got 'rome'"):
             OverToneConfig.preset("rome")
 
+    @pytest.mark.parametrize(("method", "n_sigma"), [("ft-m", 0.5), ("lora", 0.5), ("melo", 1), ("wise", 1)])
+    def test_recommended_settings_are_one_for_all_methods(self, method, n_sigma):
+        """Half the true token in every target, until each label is the first choice; the filter is the paper's."""
+        assert OverToneConfig.recommended(method) == OverToneConfig(
+            epsilon=0, n_sigma=n_sigma, lam=0.5, check=False, hold_settled=math.inf, hold_correct=True
+        )
+
     @pytest.mark.parametrize("method", RECOMMENDED)
     def test_recommended_settings_can_be_changed(self, method):
-        """They wait for first choices, unlike the paper's."""
-        assert OverToneConfig.recommended(method).hold_correct
         assert OverToneConfig.recommended(method, epsilon=0.3).epsilon == 0.3
 
     def test_nothing_is_recommended_for_an_unknown_method(self):

@@ -241,11 +241,12 @@ class TestEdges:
     @pytest.mark.parametrize("lam", [0.0, 0.1, 1.0])
     @pytest.mark.parametrize("check", [True, False])
     @pytest.mark.parametrize("of_reference", [True, False])
-    def test_nan_is_not_hidden(self, loss, lam, check, of_reference):
-        """A NaN logit, the model's or the unedited one's, makes its own row's loss NaN and no other's."""
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_nan_is_not_hidden(self, loss, lam, check, of_reference, value):
+        """A NaN or infinite logit, the model's or the unedited one's, makes its row's loss NaN and no other's."""
         logits, labels = draw_tokens(3, 5)
         broken = logits.clone()
-        broken[1, 2] = math.nan
+        broken[1, 2] = value
         arguments = {"reference_logits": broken} if of_reference else {}
         arguments.update(lam=lam, check=check, reduction="none")
         values = loss(logits if of_reference else broken, labels, **arguments)

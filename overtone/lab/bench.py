@@ -29,6 +29,7 @@ from overtone.lab.sequences import SequenceTask, checkpoint_path, library_versio
 from overtone.lab.sessions import easyedit_version, open_session, require_method, unsupported
 from overtone.lab.sharding import Shard
 from overtone.lab.world import Edit
+from overtone.loss import RECOMMENDED, OverToneConfig
 
 HELD_OUT_TEXTS = 64
 """How many of a corpus' held-out texts the perplexity is measured on, at most."""
@@ -139,6 +140,7 @@ class Bench:
             "optimisers": {
                 name: {"optimizer": "Adam", "steps": method.steps, "lr": method.lr} for name, method in METHODS.items()
             },
+            "recommended": {name: repr(OverToneConfig.recommended(name)) for name in RECOMMENDED},
             "held_out_texts": HELD_OUT_TEXTS,
             "models": models,
         }

@@ -69,7 +69,7 @@ def document(
         f"Rendered by `overtone report` from {source} alone. In full precision: {', '.join(tables)}.",
         "",
         *_what_was_run(results),
-        *_bullets("What is missing", list(missing(results))),
+        *_bullets(f"What is missing{' here' if results.left_out else ''}", list(missing(results))),
         *_failures(results.outcomes),
         "## How to read the tables",
         "",

@@ -20,6 +20,7 @@ from overtone.lab.records import EditRecord, RecordFile, write_atomically
 from overtone.lab.registry import look_up
 from overtone.lab.summary import SummaryRow, summarise
 from overtone.lab.world import Edit, World, build_world
+from overtone.loss import OverToneConfig
 
 RECORDS, RESULTS, FIGURE = "records.jsonl", "results.json", "overfitting.png"
 """The files in the output folder."""
@@ -118,6 +119,7 @@ class Demo:
             "target": self.settings.target,
             "traced method": self.settings.methods[0],
             "optimisers": _optimisers(METHODS),
+            "recommended": {method: repr(OverToneConfig.recommended(method)) for method in METHODS},
         }
         return RecordFile(self.out / RECORDS, EditRecord, run)
 

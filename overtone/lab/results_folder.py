@@ -149,6 +149,7 @@ def _dependencies(header: dict[str, Any]) -> dict[str, Any]:
         "number of held-out texts": header["held_out_texts"],
         **{f"version of {name}": number for name, number in header["versions"].items()},
         **{f"optimiser of {name}": settings for name, settings in header["optimisers"].items()},
+        **{f"recommended setting of {name}": text for name, text in header.get("recommended", {}).items()},
         **{
             f"{key} of {model['data']} with seed {model['seed']}": model[key]
             for model in header["models"]
