@@ -48,7 +48,8 @@ class Fused:
         if compiled is None:
             return function(*arguments)
         try:
-            return compiled(*arguments)
+            # The compiler has functions of their own for views and for what has a graph; detached, all are alike.
+            return compiled(*(value.detach() if isinstance(value, Tensor) else value for value in arguments))
         except torch._dynamo.exc.TorchDynamoException as error:
             # Raised while compiling, so before anything was computed.
             self._compiled.clear()

@@ -65,7 +65,6 @@ def row_kl(
     Raises:
         ValueError: for a label out of range, on the CPU; elsewhere that would cost a synchronisation.
     """
-    logits = logits.detach()  # which compiles once for logits with and without a graph
     counted = labels != ignore_index
     if logits.device.type == "cpu":
         check_labels(labels, logits.shape[1], ignore_index)
@@ -121,7 +120,7 @@ def fit_rows(
     tensors = settings.tensors(logits)
     clip = ClipTensors(*[tensors.lam.new_full((), value) for value in (epsilon, float(hold_correct), row_weight)])
     with _without_autocast(logits):
-        fit: Fit = _fused.call(fit_of_rows, logits, logits.detach(), labels, tensors, clip)
+        fit: Fit = _fused.call(fit_of_rows, logits, logits, labels, tensors, clip)
     _set_labels(fit.gradient, labels, fit.label_gradient)
     return fit
 
@@ -140,8 +139,6 @@ def row_gradient(
 
     Rows whose grad_kl is 0, ignored or settled, get exact zeros; on the CPU they cost little more than these.
     """
-    is_in_place = out is logits
-    logits = logits.detach()
     needed = grad_kl != 0
     labels = labels.where(needed, 0)
     # Picking rows is a copy, which pays only where many are left out.
@@ -152,7 +149,7 @@ def row_gradient(
         for rows in blocks:
             # Picked rows are a copy, worked on in place.
             block, block_labels, scale = logits[rows], labels[rows], grad_kl[rows]
-            block_out = out[rows] if isinstance(rows, slice) and not is_in_place else block
+            block_out = out[rows] if isinstance(rows, slice) and out is not logits else block
             if reference_logits is None:
                 own = coefficients[:, rows]
                 _write_others(logits, block, own, scale, out=block_out)
@@ -189,8 +186,7 @@ def slice_gradient(grad_kl: Tensor, logits: Tensor, labels: Tensor, coefficients
 
 def _write_others(logits: Tensor, block: Tensor, coefficients: Tensor, grad_kl: Tensor, *, out: Tensor) -> None:
     """Write the gradient of a block of the logits, but for the labels, into out, which may be the block itself."""
-    # Copies, since the compiler has another function for views.
-    coefficients, grad_kl = (few.clone(memory_format=torch.contiguous_format) for few in (coefficients, grad_kl))
+    coefficients = coefficients.contiguous()  # or another stride would compile anew
     if out is block:
         _fused.call(become_gradient_of_others, logits, block, coefficients, grad_kl)
     else:
