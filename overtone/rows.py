@@ -90,9 +90,8 @@ def is_one_call(logits: Tensor, labels: Tensor, ignore_index: int) -> bool:
 
     Elsewhere than on the CPU it would cost a synchronisation to know.
     """
-    if logits.device.type != "cpu" or not 0 < len(logits) <= min(FEW_ROWS, _fused.rows_at_once(logits)):
-        return False
-    if not _fused.is_worthwhile(logits):
+    are_few = 0 < len(logits) <= min(FEW_ROWS, _fused.rows_at_once(logits))
+    if logits.device.type != "cpu" or not are_few or not _fused.is_worthwhile(logits):
         return False
     values = labels.tolist()  # sooner looked at one by one than by tensor operations
     return min(values) >= 0 and max(values) < logits.shape[1] and ignore_index not in values

@@ -88,6 +88,24 @@ class TestFused:
                 results.append((loss.detach(), own, again, half))
             torch.testing.assert_close(results[0], results[1], rtol=2 * torch.finfo(dtype).eps, atol=4e-7)
 
+    def test_a_loss_scale_saves_gradients_in_float16(self, always_compiled):
+        """What the forward pass worked out has lost the smallest; under another upstream gradient it is not used."""
+        logits, labels = torch.full((4, 2**15), -9.0, dtype=torch.float16), torch.zeros(4, dtype=torch.long)
+        logits[:, 0] = 9
+        leaf = logits.clone().requires_grad_()
+        (overtone_loss(leaf, labels, epsilon=0, lam=1) * 2.0**15).backward()
+        exact = logits.double().requires_grad_()
+        (reference_loss(exact, labels, epsilon=0, lam=1) * 2.0**15).backward()
+        assert exact.grad[0, 1] / 2**15 < torch.finfo(torch.float16).smallest_normal / 2**10  # lost without the scale
+        torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=2 * torch.finfo(torch.float16).eps, atol=1e-6)
+
+    def test_many_rows_have_their_gradient_in_the_backward_pass(self, always_compiled):
+        """To look at each label would take longer than the calls that are saved."""
+        labels = torch.zeros(rows.FEW_ROWS + 1, dtype=torch.long)
+        logits = torch.zeros(len(labels), 3)
+        assert rows.is_one_call(logits[1:], labels[1:], -100)
+        assert not rows.is_one_call(logits, labels, -100)
+
     def test_inside_linear(self, always_compiled):
         """`linear_overtone_loss` overwrites its chunks' logits with their gradient in the compiled function, too."""
         torch.manual_seed(0)

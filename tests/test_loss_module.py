@@ -49,6 +49,8 @@ class TestConfig:
 
     @pytest.mark.parametrize("method", RECOMMENDED)
     def test_recommended_settings_can_be_changed(self, method):
+        """They wait for first choices, unlike the paper's."""
+        assert OverToneConfig.recommended(method).hold_correct
         assert OverToneConfig.recommended(method, epsilon=0.3).epsilon == 0.3
 
     def test_nothing_is_recommended_for_an_unknown_method(self):
