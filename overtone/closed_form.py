@@ -36,20 +36,6 @@ class SettingTensors(NamedTuple):
     check: Tensor
 
 
-class ClipTensors(NamedTuple):
-    """When a token is let go and how much each weighs, as tensors ``()`` like those of `SettingTensors`.
-
-    Attributes:
-        epsilon: in nats.
-        hold_correct: 1 or 0.
-        row_weight: what the reduction multiplies each row's loss by.
-    """
-
-    epsilon: Tensor
-    hold_correct: Tensor
-    row_weight: Tensor
-
-
 class Fit(NamedTuple):
     """What one call says of its rows, their gradient included.
 
@@ -58,8 +44,7 @@ class Fit(NamedTuple):
         kl, coefficients: as from `kl_of_rows`.
         correct: ``(B,)``, bool: the label is strictly the most probable token.
         row_weights: ``(B,)``, 0 where settled.
-        gradient: ``(B, V)``, of the loss by the logits, in their precision; the labels' own are yet to be put in.
-        label_gradient: ``(B,)``, of the loss by the labels' logits.
+        gradient: ``(B, V)``, of the loss by the logits, in their precision.
     """
 
     loss: Tensor
@@ -68,7 +53,21 @@ class Fit(NamedTuple):
     coefficients: Tensor
     row_weights: Tensor
     gradient: Tensor
-    label_gradient: Tensor
+
+
+class RowSums(NamedTuple):
+    """What `kl_of_rows` finds out about its rows on the way.
+
+    Attributes:
+        kl, coefficients: as it returns them.
+        weights: ``(B, V)``, exp(logit - top).
+        total: ``(B,)``, of the weights.
+    """
+
+    kl: Tensor
+    coefficients: Tensor
+    weights: Tensor
+    total: Tensor
 
 
 def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tuple[Tensor, Tensor]:
@@ -84,6 +83,11 @@ def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tupl
         (logits above it are kept), factor of a kept token's probability in the gradient, gradient of the true token,
         and 1 where the true token is strictly the most probable one, else 0.
     """
+    sums = _sums_of_rows(logits, labels, settings)
+    return sums.kl, sums.coefficients
+
+
+def _sums_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> RowSums:
     n_sigma, lam, check = settings
     scores = logits.to(lam.dtype)
     top = scores.amax(dim=1)
@@ -134,7 +138,8 @@ def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tupl
     is_first_choice = (label_on_top & (others_on_top == 0)).to(kl.dtype)
     # Just below the top at most, so that the gradient keeps the top too without knowing it.
     threshold = torch.minimum(threshold, torch.nextafter(top, torch.full_like(top, -math.inf)))
-    return kl.clamp(min=0), torch.stack([top + log_total, threshold, kept_factor, label_gradient, is_first_choice])
+    coefficients = torch.stack([top + log_total, threshold, kept_factor, label_gradient, is_first_choice])
+    return RowSums(kl.clamp(min=0), coefficients, weights, total)
 
 
 def gradient_of_others(logits: Tensor, coefficients: Tensor, grad_kl: Tensor) -> Tensor:
@@ -172,19 +177,25 @@ def become_gradient_of_others(logits: Tensor, coefficients: Tensor, grad_kl: Ten
     logits.copy_(gradient_of_others(logits, coefficients, grad_kl))
 
 
-def fit_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors, clip: ClipTensors) -> Fit:
-    """The loss of rows ``(B, V)`` with labels ``(B,)``, as in `kl_of_rows`, and its gradient, in one call."""
-    kl, coefficients = kl_of_rows(logits, labels, settings)
-    settled = (kl < clip.epsilon) & ((coefficients[4] != 0) | (clip.hold_correct == 0))
-    loss = (torch.where(settled, clip.epsilon, kl) * clip.row_weight).sum()
-    row_weights = torch.where(settled, 0, clip.row_weight)
-    others = gradient_of_others(logits, coefficients, row_weights).to(logits.dtype)
-    return Fit(
-        loss,
-        kl,
-        coefficients[4] != 0,
-        coefficients,
-        row_weights,
-        others,
-        gradient_of_labels(coefficients, row_weights).to(logits.dtype),
-    )
+def fit_of_rows(logits: Tensor, labels: Tensor, settings: Tensor) -> Fit:
+    """The loss of rows and its gradient, in one call.
+
+    Args:
+        logits, labels: ``(B, V)`` and ``(B,)``, as in `kl_of_rows`.
+        settings: ``(6,)``, in working precision, one tensor since each costs time: those of `SettingTensors`, then
+            epsilon, hold_correct (1 or 0) and what the reduction multiplies each row's loss by.
+    """
+    n_sigma, lam, check, epsilon, hold_correct, row_weight = settings.unbind()
+    kl, coefficients, weights, total = _sums_of_rows(logits, labels, SettingTensors(n_sigma, lam, check))
+    _, threshold, kept_factor, label_gradient, is_first_choice = coefficients
+    correct = is_first_choice != 0
+    settled = (kl < epsilon) & (correct | (hold_correct == 0))
+    loss = (torch.where(settled, epsilon, kl) * row_weight).sum()
+    row_weights = torch.where(settled, 0, row_weight)
+    # As in gradient_of_others, but from weights that are there: one exponential less.
+    is_kept = logits.to(kl.dtype) > threshold.unsqueeze(1)
+    scale = (row_weights / total).unsqueeze(1)
+    others = (weights * torch.where(is_kept, kept_factor.unsqueeze(1) * scale, scale)).to(logits.dtype)
+    index = torch.arange(len(labels), device=labels.device), labels
+    gradient = others.index_put(index, (label_gradient * row_weights).to(logits.dtype))
+    return Fit(loss, kl, correct, coefficients, row_weights, gradient)

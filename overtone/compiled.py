@@ -24,9 +24,19 @@ class Fused:
     Without a compiler (no C++ or Triton tool chain, or ``TORCH_COMPILE_DISABLE=1``) they run as they stand.
     """
 
-    def __init__(self, *functions: Callable[..., Any]) -> None:
-        # Dynamic shapes: neither another number of tokens nor another vocabulary compiles anew.
-        self._compiled = {function: torch.compile(function, dynamic=True) for function in functions}
+    def __init__(self, *functions: Callable[..., Any], for_few_rows: Callable[..., Any]) -> None:
+        """Wrap functions.
+
+        Args:
+            *functions: neither another number of rows nor another vocabulary compiles them anew.
+            for_few_rows: of rows and their labels. It is a fifth faster where the size of the vocabulary is a
+                constant, which it is until there is a second one; another number of rows compiles nothing anew.
+        """
+        self._for_few_rows = for_few_rows
+        self._compiled = {
+            for_few_rows: torch.compile(for_few_rows),
+            **{function: torch.compile(function, dynamic=True) for function in functions},
+        }
 
     def is_worthwhile(self, logits: Tensor) -> bool:
         """Whether a call with that many logits runs compiled."""
@@ -49,7 +59,11 @@ class Fused:
             return function(*arguments)
         try:
             # The compiler has functions of their own for views and for what has a graph; detached, all are alike.
-            return compiled(*(value.detach() if isinstance(value, Tensor) else value for value in arguments))
+            detached = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
+            if function is self._for_few_rows:
+                for value in detached[:2]:
+                    torch._dynamo.maybe_mark_dynamic(value, 0)
+            return compiled(*detached)
         except torch._dynamo.exc.TorchDynamoException as error:
             # Raised while compiling, so before anything was computed.
             self._compiled.clear()

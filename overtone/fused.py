@@ -141,7 +141,7 @@ class _OverTone(torch.autograd.Function):
                 hold_correct=hold_correct,
                 row_weight=1 / len(labels) if reduction == "mean" else 1.0,
             )
-            loss, kl, correct, coefficients, row_weight, ctx.gradient, _ = fit
+            loss, kl, correct, coefficients, row_weight, ctx.gradient = fit
         else:
             token_kl = _token_kl_operator if torch.compiler.is_compiling() else _token_kl
             kl, coefficients = token_kl(logits, labels, reference_logits, *settings, ignore_index)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from overtone.closed_form import (
-    ClipTensors,
     Fit,
     SettingTensors,
     become_gradient_of_others,
@@ -29,7 +28,7 @@ Rows: TypeAlias = slice | Tensor
 FEW_ROWS = 1024
 """Up to as many, calls cost more than what is done in them."""
 
-_fused = Fused(kl_of_rows, write_gradient_of_others, become_gradient_of_others, fit_of_rows)
+_fused = Fused(kl_of_rows, write_gradient_of_others, become_gradient_of_others, for_few_rows=fit_of_rows)
 
 
 class TargetSettings(NamedTuple):
@@ -90,8 +89,9 @@ def is_one_call(logits: Tensor, labels: Tensor, ignore_index: int) -> bool:
 
     Elsewhere than on the CPU it would cost a synchronisation to know.
     """
-    are_few = 0 < len(logits) <= min(FEW_ROWS, _fused.rows_at_once(logits))
-    if logits.device.type != "cpu" or not are_few or not _fused.is_worthwhile(logits):
+    if not logits.is_cpu or not 0 < len(logits) <= FEW_ROWS or not _fused.is_worthwhile(logits):
+        return False
+    if len(logits) > _fused.rows_at_once(logits):
         return False
     values = labels.tolist()  # sooner looked at one by one than by tensor operations
     return min(values) >= 0 and max(values) < logits.shape[1] and ignore_index not in values
@@ -112,15 +112,11 @@ def fit_rows(
         logits, labels, settings: as in `row_kl`.
         epsilon, hold_correct: as in `overtone.overtone_loss`.
         row_weight: what the reduction multiplies each row's loss by.
-
-    Returns:
-        With the labels' gradients put in.
     """
-    tensors = settings.tensors(logits)
-    clip = ClipTensors(*[tensors.lam.new_full((), value) for value in (epsilon, float(hold_correct), row_weight)])
+    target = math.inf if settings.n_sigma is None else settings.n_sigma, settings.lam, float(settings.check)
+    values = torch.tensor([*target, epsilon, float(hold_correct), row_weight], dtype=working_dtype(logits))
     with _without_autocast(logits):
-        fit: Fit = _fused.call(fit_of_rows, logits, logits, labels, tensors, clip)
-    _set_labels(fit.gradient, labels, fit.label_gradient)
+        fit: Fit = _fused.call(fit_of_rows, logits, logits, labels, values)
     return fit
 
 

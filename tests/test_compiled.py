@@ -42,7 +42,7 @@ def always_compiled(monkeypatch):
             closed_form.kl_of_rows,
             closed_form.write_gradient_of_others,
             closed_form.become_gradient_of_others,
-            closed_form.fit_of_rows,
+            for_few_rows=closed_form.fit_of_rows,
         ),
     )
     yield
@@ -87,6 +87,24 @@ class TestFused:
                 (half,) = torch.autograd.grad(loss, leaf, torch.tensor(0.5))
                 results.append((loss.detach(), own, again, half))
             torch.testing.assert_close(results[0], results[1], rtol=2 * torch.finfo(dtype).eps, atol=4e-7)
+
+    def test_few_rows_compile_for_a_vocabulary_and_then_for_any(self, always_compiled):
+        """Another number of rows compiles nothing anew, a second vocabulary does, a third does not."""
+        for vocabulary, counts, may_compile in ((700, (9,), True), (700, (5, 17), False), (333, (9,), True)):
+            with torch._dynamo.config.patch(error_on_recompile=not may_compile):
+                self.fit(vocabulary, counts)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            self.fit(512, (9, 4))
+
+    def fit(self, vocabulary, counts):
+        for count in counts:
+            logits, labels = draw_tokens(count, vocabulary, torch.float32)
+            labels[1] = 5
+            assert rows.is_one_call(logits, labels, -100)
+            value, gradient = value_and_gradient(overtone_loss, logits, labels)
+            expected, expected_gradient = value_and_gradient(reference_loss, logits.double(), labels)
+            torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=2e-6)
+            torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-6, atol=4e-7)
 
     def test_a_loss_scale_saves_gradients_in_float16(self, always_compiled):
         """What the forward pass worked out has lost the smallest; under another upstream gradient it is not used."""
