@@ -2,10 +2,9 @@
 
     python examples/benchmark.py --csv benchmark.csv
 
-Times are of one forward and backward, medians of rounds in which every contender runs once after the other; ratios are
-medians of each round's ratio to the first contender. A round before them warms up and compiles. Memory is the most that
-is held beyond the inputs: of logits in units of their gradient ("-" where too few to be seen from outside the process),
-of hidden states beyond the gradients as a share of the logits. EasyEdit is found by the variable EASYEDIT_ROOT.
+Times are of one forward and backward: medians of rounds in which all contenders take turns, after one that compiles;
+ratios, medians of each round's ratio to the first. Memory is the most held beyond the inputs ("-": too little to see),
+also in units of the logits' gradient or, of hidden states, beyond the gradients as a share of the logits.
 """
 
 import argparse
@@ -17,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from itertools import product
-from operator import truediv
 from pathlib import Path
 from resource import getpagesize
 
@@ -31,14 +29,13 @@ import overtone
 
 Loss = Callable[..., Tensor]
 Row = dict[str, str]
-SIZES = ["8x32000", "8x128256", "2048x32000", "512x128256"]
 SECONDS_A_CASE = 12  # after which a case makes no further rounds
 MMAP_THRESHOLD = -3  # mallopt's name for the size from which on freed memory goes back to the system at once
-LOGITS_LOSSES: dict[str, Loss] = {
-    "F.cross_entropy": F.cross_entropy,
-    "overtone_loss": overtone.overtone_loss,
-    "literal reference": overtone.functional.reference_loss,
-}
+COLUMNS = ["table", "case", "contender", "ms", "p20", "p80", "ratio", "MiB", "memory", "steps"]
+LOGITS_LOSSES: dict[str, Loss] = {"F.cross_entropy": F.cross_entropy, "overtone_loss": overtone.overtone_loss}
+with contextlib.suppress(ImportError):
+    LOGITS_LOSSES["Liger"] = import_module("liger_kernel.transformers").LigerCrossEntropyLoss()
+LOGITS_LOSSES["literal reference"] = overtone.functional.reference_loss
 
 
 def hidden_losses() -> dict[str, Loss]:
@@ -91,22 +88,28 @@ def peak_bytes(loss: Loss, inputs: list[Tensor]) -> float:
 
 
 def measure(case: str, losses: dict[str, Loss], inputs: list[Tensor], rounds: int) -> Iterator[tuple[Row, float]]:
-    """A row for each loss, and its peak bytes."""
+    """A row for each loss, and its peak bytes; Liger, which overwrites its logits, has its own."""
     times: dict[str, list[float]] = {name: [] for name in losses}
     failures: dict[str, str] = {}
+    own = {name: [inputs[0].detach().clone().requires_grad_(), *inputs[1:]] for name in losses if name == "Liger"}
     end = time.perf_counter() + SECONDS_A_CASE
     while len(baseline := next(iter(times.values()))) < 2 or (len(baseline) <= rounds and time.perf_counter() < end):
         for name in [name for name in losses if name not in failures]:
             try:
-                times[name].append(run(losses[name], inputs))
+                times[name].append(run(losses[name], own.get(name, inputs)))
             except Exception as error:  # whatever another library's kernel raises on a device that it is not made for
                 failures[name] = "needs a GPU" if "active driver" in str(error) else type(error).__name__
     for name, loss in losses.items():
-        row = {"case": case, "contender": name, "ms": failures.get(name, "-"), "ratio": "-"}
-        if name not in failures:
-            row["ms"] = f"{statistics.median(times[name][1:]):.4g}"
-            row["ratio"] = f"{statistics.median(map(truediv, times[name][1:], baseline[1:])):.2f}"
-        yield row, float("nan") if name in failures else peak_bytes(loss, inputs)
+        row, peak = {"case": case, "contender": name, **dict.fromkeys(COLUMNS[3:8], "-")}, float("nan")
+        if name in failures:
+            row["ms"] = failures[name]
+        else:
+            quantiles = torch.tensor(times[name][1:]).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
+            row |= zip(("ms", "p20", "p80"), (f"{value:.4g}" for value in quantiles), strict=True)
+            ratios = (time / first for time, first in zip(times[name][1:], baseline[1:], strict=True))
+            peak = peak_bytes(loss, own.get(name, inputs))
+            row |= {"ratio": f"{statistics.median(ratios):.2f}", "MiB": f"{peak / 2**20:.1f}"}
+        yield row, peak
 
 
 def logits_table(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -119,8 +122,8 @@ def logits_table(arguments: argparse.Namespace) -> Iterator[Row]:
         logits = random.to(arguments.device, getattr(torch, dtype)).requires_grad_()
         inputs = [logits, labels.to(logits.device)]
         for row, peak in measure(f"{size} {dtype}", LOGITS_LOSSES, inputs, arguments.rounds):
-            is_seen = logits.is_cuda or logits.nbytes > 2**24
-            yield {**row, "memory": f"{peak / logits.nbytes:.2f}" if is_seen else "-"}
+            is_seen = row["ratio"] != "-" and (logits.is_cuda or logits.nbytes > 2**24)
+            yield row | ({"memory": f"{peak / logits.nbytes:.2f}"} if is_seen else {"MiB": "-", "memory": "-"})
 
 
 def hidden_table(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -140,7 +143,7 @@ def hidden_table(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def edits_table(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Edits of the lab's model on one thread, with the lab's methods and EasyEdit's."""
+    """Edits of the lab's model on one thread, with the lab's methods and, with EASYEDIT_ROOT set, EasyEdit's."""
     from overtone.lab.experiment import Workplace, one_thread
     from overtone.lab.losses import LOSSES
     from overtone.lab.pretrain import load_or_train
@@ -148,7 +151,7 @@ def edits_table(arguments: argparse.Namespace) -> Iterator[Row]:
     from overtone.lab.world import build_world
 
     lab_model = load_or_train(world := build_world(0))
-    workplace, edits = Workplace(lab_model.model, lab_model.tokenizer), world.edits(arguments.edits, seed=0)
+    workplace, edits = Workplace(lab_model.model, lab_model.tokenizer), world.edits(10, seed=0)
     losses = [LOSSES[name] for name in ("cross_entropy", "overtone", "overtone_held", "overtone_recommended")]
     for method in ("ft-m", "lora", "easyedit-ft", "easyedit-lora"):
         try:
@@ -172,12 +175,11 @@ def main() -> None:
     tables = {"logits": logits_table, "hidden": hidden_table, "edits": edits_table}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", default=list(tables), choices=list(tables))
-    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="NxV")
+    parser.add_argument("--sizes", nargs="+", default=["8x32000", "8x128256", "2048x32000", "512x128256"])
     parser.add_argument("--hidden-sizes", nargs="+", default=["4096x32000x128"], metavar="NxVxH")
     parser.add_argument("--only", nargs="+", metavar="CONTENDER", help="of those on hidden states, by name")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--edits", type=int, default=10)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--csv", type=Path, help="also write every row here")
     arguments = parser.parse_args()
@@ -191,9 +193,7 @@ def main() -> None:
         written += [{"table": name, **row} for row in rows]
     if arguments.csv:
         with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["table", "case", "contender", "ms", "ratio", "memory", "steps"])
-            writer.writeheader()
-            writer.writerows(written)
+            csv.DictWriter(file, COLUMNS).writerows([dict(zip(COLUMNS, COLUMNS, strict=True)), *written])
 
 
 if __name__ == "__main__":

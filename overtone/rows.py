@@ -196,7 +196,8 @@ def _set_labels(rows: Tensor, labels: Tensor, values: Tensor) -> None:
 
 def _without_autocast(logits: Tensor) -> AbstractContextManager[object]:
     device = logits.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 
 def _blocks(logits: Tensor, needed: Tensor, *, worthwhile_share: float) -> Iterator[Rows]:

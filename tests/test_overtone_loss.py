@@ -448,6 +448,29 @@ class TestMemory:
         assert largest.new_elements <= 2000 < 100 * 1000 // 10
 
 
+class TestSynchronisation:
+    """On the meta device, where tensors hold no values, whatever would wait for one on a GPU raises."""
+
+    @pytest.mark.parametrize("count", [6, 3000])
+    @pytest.mark.parametrize(
+        "settings",
+        [{}, {"reduction": "none"}, {"reduction": "sum"}, {"n_sigma": None, "hold_correct": True}, {"check": False}],
+    )
+    @pytest.mark.parametrize("has_reference", [False, True])
+    def test_the_host_waits_for_nothing(self, settings, count, has_reference):
+        logits = torch.randn(count, 50, device="meta", requires_grad=True)
+        labels = torch.zeros(count, dtype=torch.long, device="meta")
+        reference = torch.randn(count, 50, device="meta") if has_reference else None
+        overtone_loss(logits, labels, reference_logits=reference, **settings).sum().backward()
+        assert logits.grad.shape == logits.shape
+
+    def test_a_hold_does(self):
+        """It has to know whether every token is settled."""
+        logits, labels = torch.randn(6, 50, device="meta", requires_grad=True), torch.zeros(6).long().to("meta")
+        with pytest.raises(RuntimeError, match="meta"):
+            overtone_loss(logits, labels, hold_settled=True)
+
+
 class LargestResult(torch.utils._python_dispatch.TorchDispatchMode):
     """Records the most elements of any storage that an operation made."""
 
