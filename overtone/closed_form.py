@@ -56,10 +56,10 @@ class Fit(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """What `kl_of_rows` finds out about its rows on the way.
+    """What is found out about rows on the way to their KL.
 
     Attributes:
-        kl, coefficients: as it returns them.
+        kl, coefficients: as `kl_of_rows` returns them.
         weights: ``(B, V)``, exp(logit - top).
         total: ``(B,)``, of the weights.
     """

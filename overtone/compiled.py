@@ -28,9 +28,9 @@ class Fused:
         """Wrap functions.
 
         Args:
-            *functions: neither another number of rows nor another vocabulary compiles them anew.
-            for_few_rows: of rows and their labels. It is a fifth faster where the size of the vocabulary is a
-                constant, which it is until there is a second one; another number of rows compiles nothing anew.
+            *functions: neither another number of rows, but for a single one, nor another vocabulary compiles them anew.
+            for_few_rows: of rows and their labels. It is faster where the size of the vocabulary is a constant, which
+                it is until there is a second one; another number of rows, but for a single one, compiles nothing anew.
         """
         self._for_few_rows = for_few_rows
         self._compiled = {

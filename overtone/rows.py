@@ -114,9 +114,11 @@ def fit_rows(
         row_weight: what the reduction multiplies each row's loss by.
     """
     target = math.inf if settings.n_sigma is None else settings.n_sigma, settings.lam, float(settings.check)
-    values = torch.tensor([*target, epsilon, float(hold_correct), row_weight], dtype=working_dtype(logits))
+    values = [*target, epsilon, float(hold_correct), row_weight]
+    tensor = torch.tensor(values, dtype=working_dtype(logits), device=logits.device)
     with _without_autocast(logits):
-        fit: Fit = _fused.call(fit_of_rows, logits, logits, labels, values)
+        # Another stride would compile anew.
+        fit: Fit = _fused.call(fit_of_rows, logits, logits, labels.contiguous(), tensor)
     return fit
 
 

@@ -49,8 +49,21 @@ def always_compiled(monkeypatch):
     torch._dynamo.reset()
 
 
+def new_graphs(run):
+    """How many functions torch compiles meanwhile."""
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    run()
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 class TestFused:
+    @pytest.fixture(autouse=True)
+    def compiler_is_kept(self, always_compiled):
+        """A recompilation that a test forbids is an error at which the functions run uncompiled from then on."""
+        yield
+        assert rows._fused._compiled
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_equals_the_reference_and_compiles_once(self, dtype, always_compiled):
         """Any shape and setting gives the reference's numbers, and nothing but another precision compiles anew."""
@@ -90,11 +103,8 @@ class TestFused:
 
     def test_few_rows_compile_for_a_vocabulary_and_then_for_any(self, always_compiled):
         """Another number of rows compiles nothing anew, a second vocabulary does, a third does not."""
-        for vocabulary, counts, may_compile in ((700, (9,), True), (700, (5, 17), False), (333, (9,), True)):
-            with torch._dynamo.config.patch(error_on_recompile=not may_compile):
-                self.fit(vocabulary, counts)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            self.fit(512, (9, 4))
+        runs = (700, (9,)), (700, (5, 17)), (333, (9,)), (512, (9, 4))
+        assert [new_graphs(lambda run=run: self.fit(*run)) for run in runs] == [1, 0, 1, 0]
 
     def fit(self, vocabulary, counts):
         for count in counts:
@@ -105,6 +115,42 @@ class TestFused:
             expected, expected_gradient = value_and_gradient(reference_loss, logits.double(), labels)
             torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=2e-6)
             torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-6, atol=4e-7)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_hard_rows_among_few(self, dtype, always_compiled):
+        """Infinite, tied and missing logits, with the label on either side: the reference's loss and gradient."""
+        generator = torch.Generator().manual_seed(3)
+        plain = torch.randn(4, 60, generator=generator) * 2
+        labels = torch.tensor([3, 7, 11, 13])
+        tied, banned, alone = torch.zeros_like(plain), plain.clone(), torch.full_like(plain, -torch.inf)
+        banned[:, 20:] = -torch.inf
+        alone[range(4), labels] = 1.0
+        nan, infinite, impossible = plain.clone(), plain.clone(), plain.clone()
+        nan[1, 2], infinite[2, 5], infinite[3, 13], impossible[0, 3] = torch.nan, torch.inf, torch.inf, -torch.inf
+        for logits in (tied, banned, alone, nan, infinite, impossible, plain[:1], plain * 500):
+            own = labels[: len(logits)]
+            assert rows.is_one_call(logits, own, -100)
+            value, gradient = value_and_gradient(overtone_loss, logits.to(dtype), own)
+            expected, expected_gradient = value_and_gradient(reference_loss, logits.to(dtype).double(), own)
+            torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=2e-6, equal_nan=True)
+            broken = expected_gradient.isnan().any(dim=1)
+            assert torch.equal(gradient.isnan().any(dim=1), broken)
+            epsilon = torch.finfo(dtype).eps
+            torch.testing.assert_close(
+                gradient[~broken].double(), expected_gradient[~broken], rtol=2 * epsilon + 2e-6, atol=4e-7
+            )
+
+    def test_another_default_device(self, always_compiled):
+        """Everything that is made is made where the logits are."""
+        logits, labels = draw_tokens(9, 700, torch.float32)
+        labels[1] = 5
+        expected = overtone_loss(logits.clone().requires_grad_(), labels).detach()
+        leaf = logits.clone().requires_grad_()
+        with torch.device("meta"):
+            loss = overtone_loss(leaf, labels)
+            loss.backward()
+        assert torch.equal(loss, expected)
+        assert leaf.grad.device == logits.device
 
     def test_a_loss_scale_saves_gradients_in_float16(self, always_compiled):
         """What the forward pass worked out has lost the smallest; under another upstream gradient it is not used."""
