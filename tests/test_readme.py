@@ -76,6 +76,7 @@ BENCH_LOSSES = {
     "cross-entropy": "cross_entropy",
     "CE stopped at 0.1": "early_stopping",
     "CE stopped at 0.3": "early_stopping:stop_below=0.3",
+    "CE stopped at 1": "early_stopping:stop_below=1",
     "label smoothing 0.1": "label_smoothing",
     "OverTone (the paper's)": "overtone",
     "OverTone, held": "overtone_held",
@@ -144,7 +145,7 @@ class TestNumbers:
                         expected = printed_difference(recommended, "best early stopping")
                     assert cell == expected, (title, column)
                     checked += 1
-        assert checked == 2 * 9 * 7
+        assert checked == 2 * 10 * 7
 
     def test_one_setting_table_is_the_committed_runs(self):
         """Every average and difference over several columns stands in a committed table4.csv."""
@@ -174,13 +175,20 @@ class TestNumbers:
     def test_files_table_is_the_committed_run(self):
         """Every average on published data stands in the committed CSV file."""
         rows = [row for row in committed_rows("bench-files/table1.csv") if row["source"] == "this file"]
-        committed = {(row["data"], row["method"], row["loss"]): row for row in rows if row["length"] == "1"}
+        committed = {(row["data"], row["length"], row["method"], row["loss"]): row for row in rows}
         head, lines = table_cells(section("files table").split("\n\n")[1])
-        columns = [column.lower().split(", ") for column in head[1:]]
-        assert len(lines) == 6
+        columns = [re.fullmatch(r"(\w+), T=(\d+), (.+)", column.lower()).groups() for column in head[1:]]
+        assert (len(lines), len(columns)) == (7, 8)
         for title, *cells in lines:
-            loss = BENCH_LOSSES[title]
-            assert cells == [percent(committed[data, method, loss], "average") for data, method in columns]
+            for column, cell in zip(columns, cells, strict=True):
+                data, length, method = column
+                if title in BENCH_LOSSES:
+                    expected = percent(committed[(*column, BENCH_LOSSES[title])], "average")
+                else:
+                    default = committed[data, length, method, "early_stopping"]
+                    best = committed[data, length, method, default["best early stopping"]]
+                    expected = f"{percent(best, 'average')} (at {threshold(best['loss'])})"
+                assert cell == expected, (title, column)
 
     def test_demo_table_is_the_committed_run(self):
         """Every mean of the demo's table stands in examples/results/demo.json, and the other way round."""
