@@ -177,7 +177,7 @@ class TestNumbers:
         rows = [row for row in committed_rows("bench-files/table1.csv") if row["source"] == "this file"]
         committed = {(row["data"], row["length"], row["method"], row["loss"]): row for row in rows}
         head, lines = table_cells(section("files table").split("\n\n")[1])
-        columns = [re.fullmatch(r"(\w+), T=(\d+), (.+)", column.lower()).groups() for column in head[1:]]
+        columns = [re.fullmatch(r"(\w+), t=(\d+), (.+)", column.lower()).groups() for column in head[1:]]
         assert (len(lines), len(columns)) == (7, 8)
         for title, *cells in lines:
             for column, cell in zip(columns, cells, strict=True):
