@@ -187,7 +187,7 @@ def fit_of_rows(logits: Tensor, labels: Tensor, settings: Tensor) -> Fit:
     """
     n_sigma, lam, check, epsilon, hold_correct, row_weight = settings.unbind()
     kl, coefficients, weights, total = _sums_of_rows(logits, labels, SettingTensors(n_sigma, lam, check))
-    _, threshold, kept_factor, label_gradient, is_first_choice = coefficients
+    _, threshold, kept_factor, _, is_first_choice = coefficients
     correct = is_first_choice != 0
     settled = (kl < epsilon) & (correct | (hold_correct == 0))
     loss = (torch.where(settled, epsilon, kl) * row_weight).sum()
@@ -197,5 +197,5 @@ def fit_of_rows(logits: Tensor, labels: Tensor, settings: Tensor) -> Fit:
     scale = (row_weights / total).unsqueeze(1)
     others = (weights * torch.where(is_kept, kept_factor.unsqueeze(1) * scale, scale)).to(logits.dtype)
     index = torch.arange(len(labels), device=labels.device), labels
-    gradient = others.index_put(index, (label_gradient * row_weights).to(logits.dtype))
+    gradient = others.index_put(index, gradient_of_labels(coefficients, row_weights).to(logits.dtype))
     return Fit(loss, kl, correct, coefficients, row_weights, gradient)

@@ -38,11 +38,14 @@ class TargetSettings(NamedTuple):
     lam: float
     check: bool
 
+    def numbers(self) -> tuple[float, float, float]:
+        """As `SettingTensors` has them."""
+        return math.inf if self.n_sigma is None else self.n_sigma, self.lam, float(self.check)
+
     def tensors(self, logits: Tensor) -> SettingTensors:
         """On the device of the logits, filled there: a copy from the host might wait for it."""
-        values = math.inf if self.n_sigma is None else self.n_sigma, self.lam, float(self.check)
         dtype, device = working_dtype(logits), logits.device
-        return SettingTensors(*[torch.full((), value, dtype=dtype, device=device) for value in values])
+        return SettingTensors(*[torch.full((), value, dtype=dtype, device=device) for value in self.numbers()])
 
 
 def row_kl(
@@ -113,8 +116,7 @@ def fit_rows(
         epsilon, hold_correct: as in `overtone.overtone_loss`.
         row_weight: what the reduction multiplies each row's loss by.
     """
-    target = math.inf if settings.n_sigma is None else settings.n_sigma, settings.lam, float(settings.check)
-    values = [*target, epsilon, float(hold_correct), row_weight]
+    values = [*settings.numbers(), epsilon, float(hold_correct), row_weight]
     tensor = torch.tensor(values, dtype=working_dtype(logits), device=logits.device)
     with _without_autocast(logits):
         # Another stride would compile anew.

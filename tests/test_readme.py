@@ -112,6 +112,12 @@ def printed_difference(row, rival):
     return f"**{text}**" if row[f"{name} clear"] == "True" else text
 
 
+def printed_best_threshold(committed, data, length, method):
+    default = committed[data, length, method, "early_stopping"]
+    best = committed[data, length, method, default["best early stopping"]]
+    return f"{percent(best, 'average')} (at {threshold(best['loss'])})"
+
+
 def table_cells(table):
     head, _, *lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
     return head, lines
@@ -137,9 +143,7 @@ class TestNumbers:
                         row = committed.get((data, length, method, BENCH_LOSSES[title]))
                         expected = "" if row is None else percent(row, "average")
                     elif "best threshold" in title:
-                        default = committed[data, length, method, "early_stopping"]
-                        best = committed[data, length, method, default["best early stopping"]]
-                        expected = f"{percent(best, 'average')} (at {threshold(best['loss'])})"
+                        expected = printed_best_threshold(committed, data, length, method)
                     else:
                         recommended = committed[data, length, method, "overtone_recommended"]
                         expected = printed_difference(recommended, "best early stopping")
@@ -181,13 +185,10 @@ class TestNumbers:
         assert (len(lines), len(columns)) == (7, 8)
         for title, *cells in lines:
             for column, cell in zip(columns, cells, strict=True):
-                data, length, method = column
                 if title in BENCH_LOSSES:
                     expected = percent(committed[(*column, BENCH_LOSSES[title])], "average")
                 else:
-                    default = committed[data, length, method, "early_stopping"]
-                    best = committed[data, length, method, default["best early stopping"]]
-                    expected = f"{percent(best, 'average')} (at {threshold(best['loss'])})"
+                    expected = printed_best_threshold(committed, *column)
                 assert cell == expected, (title, column)
 
     def test_demo_table_is_the_committed_run(self):
