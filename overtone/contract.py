@@ -128,7 +128,8 @@ def flatten_tokens(
     reference = None if reference_logits is None else reference_logits.detach().reshape(-1, vocabulary)
     # A view of what is flat already would be a node of the graph for nothing.
     flat_logits = logits if logits.dim() == 2 else logits.reshape(-1, vocabulary)
-    return flat_logits, labels.reshape(-1).long(), reference
+    flat_labels = labels if labels.dim() == 1 else labels.reshape(-1)
+    return flat_logits, flat_labels.long(), reference
 
 
 def working_dtype(logits: Tensor) -> torch.dtype:

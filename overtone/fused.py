@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from overtone.contract import (
     Reduction,
@@ -78,11 +77,10 @@ def overtone_loss(
     check_reduction(reduction, ignore_index)
     check_tensors(logits, labels, reference_logits)
     refuse_hold_when_distributed(hold_settled)
-    _refuse_forward_mode(logits)
     token_logits, token_labels, reference = flatten_tokens(logits, labels, reference_logits)
     settings = TargetSettings(None if n_sigma is None else float(n_sigma), float(lam), check)
-    loss: Tensor
-    loss, kl, correct = _OverTone.apply(  # type: ignore[no-untyped-call]
+    can_be_held = hold_settled is not False
+    outputs = _OverTone.apply(  # type: ignore[no-untyped-call]
         token_logits,
         token_labels,
         reference,
@@ -92,24 +90,21 @@ def overtone_loss(
         ignore_index,
         reduction,
         torch.is_grad_enabled() and token_logits.requires_grad,
+        can_be_held,
     )
-    if hold_settled is not False:
+    loss: Tensor
+    if not can_be_held:
+        loss = outputs
+    else:
+        loss, kl, correct = outputs
         counted = token_labels != ignore_index
         waits_for = correct[counted] if hold_correct else None
         loss = release_when_held(loss, kl[counted], epsilon, hold_settled, waits_for)
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
 
-def _refuse_forward_mode(logits: Tensor) -> None:
-    """The function has no tangents; torch would take them to be zero."""
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(logits).tangent is not None:
-        raise NotImplementedError(
-            "overtone_loss has no forward-mode derivative: use backward(), or overtone.functional.reference_loss"
-        )
-
-
 class _OverTone(torch.autograd.Function):
-    """The loss of tokens ``(N, V)``; as constants, their KL ``(N,)`` and whether each is the first choice ``(N,)``."""
+    """The loss of tokens ``(N, V)``; if the call can be held, their KL and first choices ``(N,)`` too, as constants."""
 
     @staticmethod
     def forward(
@@ -123,8 +118,11 @@ class _OverTone(torch.autograd.Function):
         ignore_index: int,
         reduction: Reduction,
         is_trained: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        can_be_held: bool,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.settings, ctx.gradient = settings, None
+        loss: Tensor
         if (
             is_trained
             and reference_logits is None
@@ -155,23 +153,29 @@ class _OverTone(torch.autograd.Function):
             if reduction == "mean":
                 row_weight /= counted.sum().clamp(min=1)
         ctx.save_for_backward(logits, labels, reference_logits, coefficients, row_weight)
+        if not can_be_held:
+            return loss
         ctx.mark_non_differentiable(kl, correct)
         return loss, kl, correct
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        logits, labels, reference_logits, coefficients, row_weight = ctx.saved_tensors
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 10
         # Handed out once: whoever gets it may keep it, or write to it.
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is not None and grad_loss != 1:
+        if gradient is not None and (scale := grad_loss.item()) != 1:
             # In half precision what a loss scale could have saved is lost by now.
-            gradient = gradient.mul_(grad_loss.detach()) if gradient.dtype == row_weight.dtype else None
+            gradient = gradient.mul_(scale) if gradient.dtype == grad_loss.dtype else None
         if gradient is None:
+            logits, labels, reference_logits, coefficients, row_weight = ctx.saved_tensors
             arguments = grad_loss * row_weight, logits, labels, reference_logits, coefficients, *ctx.settings
             if torch.compiler.is_compiling():
-                return _token_kl_backward_operator(*arguments), *[None] * 8
+                return _token_kl_backward_operator(*arguments), *[None] * 9
             gradient = _token_kl_backward(*arguments)
-        return refuse_second_derivative(gradient, logits), *[None] * 8
+        if torch.is_grad_enabled():
+            gradient = refuse_second_derivative(gradient, ctx.saved_tensors[0])
+        return gradient, *[None] * 9
 
 
 def _token_kl(

@@ -305,12 +305,8 @@ class _LinearKl(torch.autograd.Function):
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(common / ctx.problem.row_weight)
-        inputs = hidden, weight, bias
-        return (
-            *(
-                None if found is None else refuse_second_derivative(found.to(hidden.dtype), *inputs)
-                for found in gradients
-            ),
-            None,
-            None,
-        )
+        found = [None if gradient is None else gradient.to(hidden.dtype) for gradient in gradients]
+        if torch.is_grad_enabled():
+            inputs = hidden, weight, bias
+            found = [None if gradient is None else refuse_second_derivative(gradient, *inputs) for gradient in found]
+        return *found, None, None

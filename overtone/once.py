@@ -9,14 +9,12 @@ from torch import Tensor
 
 
 def refuse_second_derivative(gradient: Tensor, *inputs: Tensor | None) -> Tensor:
-    """The gradient, made a function of these inputs whose derivative is refused.
+    """The gradient, made a function of these inputs whose derivative is refused; for backward passes with a graph.
 
     Args:
         gradient: worked out in a backward pass.
         *inputs: what it depends on.
     """
-    if not torch.is_grad_enabled():
-        return gradient
     result: Tensor = _OnceDifferentiable.apply(gradient, *inputs)  # type: ignore[no-untyped-call]
     return result
 

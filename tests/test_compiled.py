@@ -101,6 +101,37 @@ class TestFused:
                 results.append((loss.detach(), own, again, half))
             torch.testing.assert_close(results[0], results[1], rtol=2 * torch.finfo(dtype).eps, atol=4e-7)
 
+    @pytest.mark.parametrize("is_retained", [False, True])
+    def test_a_graph_of_the_gradient_worked_out_with_the_loss(self, is_retained, always_compiled):
+        """It is there, and refuses a second derivative; so does that of a gradient worked out anew."""
+        logits, labels = draw_tokens(9, 700, torch.float32)
+        labels[1] = 5
+        loss = overtone_loss(logits.requires_grad_(), labels)
+        if is_retained:
+            loss.backward(retain_graph=True)
+        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.sum().backward()
+
+    def test_no_gradient_arrives(self, always_compiled):
+        """A function on the way that sends nothing back: nothing goes on, rather than zeros, as from torch's losses."""
+
+        class Cut(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, value):
+                return value.clone()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                return None
+
+        for loss_function in (overtone_loss, torch.nn.functional.cross_entropy):
+            for count in (9, rows.FEW_ROWS + 1):
+                logits, labels = draw_tokens(count, 70, torch.float32)
+                labels[1] = 5
+                Cut.apply(loss_function(logits.requires_grad_(), labels)).backward()
+                assert logits.grad is None
+
     def test_few_rows_compile_for_a_vocabulary_and_then_for_any(self, always_compiled):
         """Another number of rows compiles nothing anew, a second vocabulary does, a third does not."""
         runs = (700, (9,)), (700, (5, 17)), (333, (9,)), (512, (9, 4))
