@@ -59,7 +59,7 @@ class TestSession:
             expected = session.apply(SECOND, parse_loss("overtone")).losses
             whole = session.state()
         with open_session(workplace, method, 5) as session:
-            session.restore(between)
+            session.restore(between, mini_lab.edit(), parse_loss("overtone"))
             assert session.apply(SECOND, parse_loss("overtone")).losses == expected
             assert all(torch.equal(weight, whole[name]) for name, weight in session.state().items())
 

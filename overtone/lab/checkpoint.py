@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 from overtone.lab.editors import FitTrace
+from overtone.lab.losses import NamedLoss
 from overtone.lab.sessions import Session
+from overtone.lab.world import Edit
 
 logger = logging.getLogger(__name__)
 
@@ -34,23 +36,29 @@ class SequenceCheckpoint:
         self.path = path
         self._of = of
 
-    def resume(self, session: Session) -> list[FitTrace]:
-        """Put a session where the file says, and return how the edits made so far went; none without a sound file."""
+    def resume(self, session: Session, edit: Edit, loss: NamedLoss) -> list[FitTrace]:
+        """Put a session where the file says.
+
+        Args:
+            session: without an edit.
+            edit: the first of the sequence.
+            loss: that the sequence is fitted with.
+
+        Returns:
+            How the edits made so far went; none without a sound file.
+        """
         if self.path is None:
             return []
-        before = session.state()
         try:
             saved = torch.load(self.path, weights_only=True, map_location=session.model.device)
             if saved["of"] != self._of:
                 return []
             fitted = [FitTrace(**{**fit, "losses": tuple(fit["losses"])}) for fit in saved["fitted"]]
-            session.restore(saved["state"])
+            session.restore(saved["state"], edit, loss)
         except FileNotFoundError:
             return []
         except (*_BROKEN, *_MALFORMED) as error:
             logger.warning("%s is broken and its sequence starts anew: %s: %s", self.path, type(error).__name__, error)
-            if before is not None:
-                session.restore(before)  # some weights may have been put in place
             return []
         return fitted
 

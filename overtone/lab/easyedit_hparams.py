@@ -8,7 +8,8 @@ them stands in `SMALL`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,25 @@ def most_steps(hparams: Any) -> int:
     """How many optimiser steps one edit takes where nothing ends it earlier."""
     if hparams.alg_name in ("ROME", "MEMIT"):
         return int(hparams.v_num_grad_steps) - 1  # the last evaluation is not followed by a step
-    source = hparams.grace if hparams.alg_name == "MELO" else hparams
-    name = {"MELO": "num_iter", "WISE": "n_iter"}.get(hparams.alg_name, "num_steps")
-    return int(getattr(source, name))
+    owner, name = _place_of_steps(hparams)
+    return int(getattr(owner, name))
+
+
+@contextmanager
+def single_step(hparams: Any) -> Iterator[None]:
+    """With these hparams, and with shallow copies made meanwhile, an edit takes one optimiser step; not ROME, MEMIT."""
+    owner, name = _place_of_steps(hparams)
+    steps = getattr(owner, name)
+    setattr(owner, name, 1)
+    try:
+        yield
+    finally:
+        setattr(owner, name, steps)
+
+
+def _place_of_steps(hparams: Any) -> tuple[Any, str]:
+    owner = hparams.grace if hparams.alg_name == "MELO" else hparams
+    return owner, {"MELO": "num_iter", "WISE": "n_iter"}.get(hparams.alg_name, "num_steps")
 
 
 def _ft(target: _Target) -> dict[str, Any]:

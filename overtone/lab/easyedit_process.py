@@ -12,7 +12,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from types import ModuleType
@@ -38,6 +38,29 @@ _STATE: dict[str, dict[str, Callable[[], Any]]] = {
     "models.memit.memit_main": {"CONTEXT_TEMPLATES_CACHE": lambda: None},
 }
 """What EasyEdit's modules keep from edit to edit, and how it begins."""
+
+
+def state() -> dict[str, dict[str, Any]]:
+    """What EasyEdit's modules keep now, by module and attribute."""
+    return {name: {attribute: getattr(module(name), attribute) for attribute in kept} for name, kept in _STATE.items()}
+
+
+def set_state(values: Mapping[str, Mapping[str, Any]]) -> None:
+    """Let EasyEdit's modules keep what `state` gave.
+
+    Raises:
+        ValueError: it is of other modules or attributes.
+    """
+    if {name: set(kept) for name, kept in values.items()} != {name: set(kept) for name, kept in _STATE.items()}:
+        raise ValueError(f"values must be of {_STATE}, got {values}")
+    for name, kept in values.items():
+        for attribute, value in kept.items():
+            setattr(module(name), attribute, value)
+
+
+def begin_anew() -> None:
+    """Let EasyEdit's modules keep what they begin with."""
+    set_state({name: {attribute: fresh() for attribute, fresh in kept.items()} for name, kept in _STATE.items()})
 
 
 def missing() -> str | None:

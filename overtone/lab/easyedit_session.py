@@ -7,6 +7,7 @@ itself is never changed and the copy costs little more than the weights that are
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import tempfile
 import time
@@ -19,14 +20,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
 from overtone.easyedit.patching import Patches
 from overtone.lab import easyedit_process as process
-from overtone.lab.easyedit_hparams import edited_weights, make_hparams, most_steps
+from overtone.lab.easyedit_hparams import edited_weights, make_hparams, most_steps, single_step
 from overtone.lab.easyedit_losses import PRESETS, token_loss
 from overtone.lab.easyedit_rows import RowByRow
+from overtone.lab.easyedit_state import UnknownStateError, put_together, take_apart
 from overtone.lab.easyedit_statistics import second_moment
 from overtone.lab.editors import FitTrace
 from overtone.lab.losses import NamedLoss
@@ -36,6 +37,9 @@ from overtone.lab.world import Edit
 
 if TYPE_CHECKING:
     from overtone.lab.experiment import Workplace
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def unsupported(method: str, loss: NamedLoss) -> str | None:
 
 
 _EDITS_MADE = "edits made"
-"""What a state has beside the weights: the random numbers of an edit follow from how many there were before it."""
+"""In a state: the random numbers of an edit follow from how many there were before it."""
 
 
 @contextmanager
@@ -133,20 +137,27 @@ class EasyEditSession:
     ) -> None:
         """Use `open_easyedit_session`."""
         self._algorithm = algorithm
+        self._clean = workplace.model
         self._hparams = hparams
         self._seed = seed
         self._texts = texts
-        self._edits_made = 0
         self._names = edited_weights(hparams) if algorithm.edits_in_place else []
-        self._copy = _sharing_copy(workplace.model, self._names)
-        # EasyEdit finds a model's family, and its statistics, under this name, which is otherwise a path.
-        self._copy.config._name_or_path = self._copy.name_or_path = hparams.model_name
-        self._use_cache = self._copy.config.use_cache
-        self._editable: Any = self._copy
+        self._shared = frozenset(map(id, workplace.model.parameters()))
         # As EasyEdit's editor sets it.
         self._tokenizer = copy.deepcopy(workplace.tokenizer)
         self._tokenizer.padding_side = "right" if algorithm.alg_name in ("ROME", "MEMIT") else "left"
         self._apply = process.module("util.alg_dict").ALG_DICT[algorithm.alg_name]
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is edited yet."""
+        process.begin_anew()
+        self._edits_made = 0
+        self._copy = _sharing_copy(self._clean, self._names)
+        # EasyEdit finds a model's family, and its statistics, under this name, which is otherwise a path.
+        self._copy.config._name_or_path = self._copy.name_or_path = self._hparams.model_name
+        self._use_cache = self._copy.config.use_cache
+        self._editable: Any = self._copy
         self._generate_prefixes()
 
     @property
@@ -191,32 +202,29 @@ class EasyEditSession:
         self._copy.config.use_cache = self._use_cache
         return FitTrace((), steps[0], self._ended(steps[0], len(calls), loss), seconds)
 
-    def state(self) -> dict[str, Tensor] | None:
-        """The edited weights by name, and how many edits there were; None for methods that add modules to the model."""
-        if not self._algorithm.edits_in_place:
+    def state(self) -> dict[str, Any] | None:
+        """What the edits left, and how many there were; None, with a warning, where that is no plain data."""
+        try:
+            return {_EDITS_MADE: self._edits_made, **take_apart(self._copy, self._shared)}
+        except UnknownStateError as error:
+            logger.warning("a killed sequence of %s would start anew: %s", self._algorithm.name, error)
             return None
-        weights = {name: self._copy.get_parameter(name).detach().clone() for name in self._names}
-        return {**weights, _EDITS_MADE: torch.tensor(self._edits_made)}
 
-    @torch.no_grad()
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave.
-
-        Raises:
-            ValueError: it is not a state of this method.
-        """
-        if not self._names or set(state) != {*self._names, _EDITS_MADE}:
-            raise ValueError(
-                f"state must hold {_EDITS_MADE!r} and the weights {self._names} of {self._algorithm.name}, "
-                f"got {list(state)}"
-            )
-        for name in self._names:
-            self._copy.get_parameter(name).copy_(state[name])
-        self._edits_made = int(state[_EDITS_MADE])
+    def restore(self, state: Mapping[str, Any], edit: Edit, loss: NamedLoss) -> None:
+        """Go on from a state; see `Session`."""
+        try:
+            if not self._algorithm.edits_in_place:
+                with single_step(self._hparams):
+                    self.apply(edit, loss)  # adds the layers, whatever is in them
+            put_together(self._copy, state)
+            self._edits_made = int(state[_EDITS_MADE])
+        except BaseException:
+            self._begin()
+            raise
 
     def close(self) -> None:
-        """Let go of the copy."""
-        self._editable = self._copy = None
+        """Let go of the models."""
+        self._clean = self._editable = self._copy = None
 
     def _call(self, requests: list[dict[str, Any]], hparams: Any) -> None:
         edited, _ = self._apply(

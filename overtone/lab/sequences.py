@@ -117,7 +117,7 @@ class SequenceTask:
         tracer = Tracer(workplace.model, workplace.tokenizer, self.edits[0]) if self.is_traced else None
         checkpoint = self._checkpoint(workplace.fingerprint)
         with open_session(workplace, self.method, self.first_index, self.known_texts) as session:
-            fitted = checkpoint.resume(session)
+            fitted = checkpoint.resume(session, self.edits[0], loss)
             for edit in self.edits[len(fitted) :]:
                 fitted.append(session.apply(edit, loss, None if tracer is None else tracer.observe))
                 checkpoint.save(session, fitted)

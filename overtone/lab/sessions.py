@@ -41,11 +41,24 @@ class Session(Protocol):
             RuntimeError: the loss is NaN or infinite.
         """
 
-    def state(self) -> dict[str, Tensor] | None:
-        """What `restore` needs to go on after the edits made so far; None where a method cannot go on."""
+    def state(self) -> dict[str, Any] | None:
+        """What `restore` needs to go on after the edits made so far, as `torch.load` takes it with ``weights_only``.
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state, on the same clean model and with the same seed."""
+        None where a method cannot go on.
+        """
+
+    def restore(self, state: Mapping[str, Any], edit: Edit, loss: NamedLoss) -> None:
+        """Go on from a state, before any edit, on the same clean model and with the same seed.
+
+        Args:
+            state: from `state`.
+            edit: the first of the edits made.
+            loss: what it was fitted with; a method that adds layers to the model needs both to add them again.
+
+        Raises:
+            ValueError, LookupError, TypeError, AttributeError: it is not a state of this method and model; nothing is
+                edited then.
+        """
 
 
 class WeightSession:
@@ -75,8 +88,11 @@ class WeightSession:
         """The opened weights."""
         return {str(number): weight.detach().clone() for number, weight in enumerate(self._parameters)}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Put the weights of a state in place."""
+    def restore(self, state: Mapping[str, Tensor], edit: Edit, loss: NamedLoss) -> None:
+        """Put the weights of a state in place; see `Session`."""
+        shapes = [state[str(number)].shape for number in range(len(self._parameters))]
+        if shapes != [weight.shape for weight in self._parameters]:
+            raise ValueError(f"state must hold the weights of {self._method.name} on this model, got shapes {shapes}")
         with torch.no_grad():
             for number, weight in enumerate(self._parameters):
                 weight.copy_(state[str(number)])

@@ -18,10 +18,11 @@ from packaging.version import Version
 from overtone.easyedit.installation import installed
 from overtone.lab import easyedit_process, easyedit_session
 from overtone.lab.batching import encode_targets, target_logits
-from overtone.lab.easyedit_session import ALGORITHMS, open_easyedit_session
+from overtone.lab.easyedit_session import ALGORITHMS, EasyEditSession, open_easyedit_session
 from overtone.lab.experiment import Workplace
 from overtone.lab.losses import parse_loss
 from overtone.lab.metrics import complete, examine, score
+from overtone.lab.sequences import SequenceTask
 from overtone.lab.world import Edit, Probe
 
 pytestmark = [
@@ -51,6 +52,7 @@ def make_edit(subject="Ardan", relation="capital", target=" Corin Solen", old=" 
 
 EDIT = make_edit()
 SECOND = make_edit("Velin", "head", " Tass", " Mavi")
+THIRD = make_edit("Solen", "spouse", " Belmor", " Corin Tass")
 
 
 @pytest.fixture
@@ -64,6 +66,17 @@ def loss_of(model, tokenizer, edit):
     """Cross-entropy of an edit's target."""
     logits, labels = target_logits(model, encode_targets(tokenizer, [(edit.prompt, edit.target_new)]))
     return torch.nn.functional.cross_entropy(logits, labels).item()
+
+
+def same(one, other):
+    """Whether two states hold the same, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
 
 
 def process_state():
@@ -204,27 +217,133 @@ class TestSequences:
         with open_easyedit_session(workplace, method, 0, TEXTS) as session:
             session.apply(EDIT, CROSS_ENTROPY)
             session.apply(SECOND, CROSS_ENTROPY)
-            assert session.state() is None
             assert loss_of(session.model, workplace.tokenizer, EDIT) < before
-            with pytest.raises(ValueError, match="state must hold"):
-                session.restore({})
 
-    @pytest.mark.parametrize("method", IN_PLACE)
-    def test_going_on_from_a_state(self, workplace, method):
-        """A new session with the state of the first edit ends at the weights of the uninterrupted one."""
+    @pytest.mark.parametrize(
+        ("method", "spec", "made"),
+        [
+            *((method, "cross_entropy", 2) for method in ALGORITHMS),
+            *((f"easyedit-{method}", "overtone_recommended", 3) for method in ("ft", "lora", "melo", "wise")),
+        ],
+    )
+    def test_going_on_from_a_file(self, workplace, method, spec, made, tmp_path):
+        """A new session with the state of so many edits ends where the uninterrupted one does, bit for bit."""
+        edits, loss, states = (EDIT, SECOND, THIRD), parse_loss(spec), []
+        batch = encode_targets(workplace.tokenizer, [(edit.prompt, edit.target_new) for edit in edits])
         with open_easyedit_session(workplace, method, 0, TEXTS) as session:
-            session.apply(EDIT, CROSS_ENTROPY)
+            for edit in edits:
+                session.apply(edit, loss)
+                states.append(session.state())
+            expected = target_logits(session.model, batch)[0]
+        torch.save(states[made - 1], tmp_path / "state.pt")
+        with open_easyedit_session(workplace, method, 0, TEXTS) as session:
+            session.restore(torch.load(tmp_path / "state.pt", weights_only=True), EDIT, loss)
+            assert same(session.state(), states[made - 1])
+            for edit in edits[made:]:
+                session.apply(edit, loss)
+            assert same(session.state(), states[-1])
+            assert torch.equal(target_logits(session.model, batch)[0], expected)
+        assert not same(states[0], states[1])
+        assert states[-1]["edits made"] == 3, "the random numbers of the next edit follow from it"
+        workplace.require_restored(method)
+
+    @pytest.mark.parametrize("method", ["easyedit-lora", "easyedit-melo", "easyedit-wise"])
+    def test_an_interrupted_sequence_goes_on(self, workplace, method, tmp_path, monkeypatch):
+        """With the edits that were not made yet, and to the same outcomes; of the first, one step is repeated."""
+
+        def perform(interrupted_at=None):
+            apply, traces = EasyEditSession.apply, []
+
+            def counted(*arguments):
+                if len(traces) == interrupted_at:
+                    raise KeyboardInterrupt
+                traces.append((arguments[1], apply(*arguments)))
+                return traces[-1][1]
+
+            task = SequenceTask(
+                "short", 0, method, "overtone_held", 0, (EDIT, SECOND, THIRD), tuple(TEXTS), tuple(TEXTS), tmp_path
+            )
+            with monkeypatch.context() as patch:
+                patch.setattr(EasyEditSession, "apply", counted)
+                if interrupted_at is not None:
+                    with pytest.raises(KeyboardInterrupt):
+                        task.perform(workplace)
+                    return [], traces
+                return [replace(outcome, seconds=0.0) for outcome in task.perform(workplace)], traces
+
+        expected, _ = perform()
+        next(tmp_path.iterdir()).unlink()
+        perform(interrupted_at=2)
+        found, traces = perform()
+        assert found == expected
+        assert [edit for edit, _ in traces] == [EDIT, THIRD]
+        assert traces[0][1].steps <= 1
+
+    def test_wise_beyond_its_merges(self, workplace, monkeypatch):
+        """The memory, which every few edits go into, is in the state, and so is the history that is replayed."""
+        make = easyedit_session.make_hparams
+
+        def make_merging(*args):
+            hparams = make(*args)
+            hparams.save_freq, hparams.merge_freq = 1, 2
+            return hparams
+
+        monkeypatch.setattr(easyedit_session, "make_hparams", make_merging)
+        edits = (EDIT, SECOND, THIRD, replace(EDIT, target_new=" Tass"))
+        with open_easyedit_session(workplace, "easyedit-wise", 0, TEXTS) as session:
+            for edit in edits[:3]:
+                session.apply(edit, CROSS_ENTROPY)
             state = session.state()
-            session.apply(SECOND, CROSS_ENTROPY)
+            session.apply(edits[3], CROSS_ENTROPY)
+            expected = session.state()
+        (layer,) = state["layers"].values()
+        assert layer["merge_cnt"] == 1
+        assert len(layer["memory_weight"]) == 2
+        with open_easyedit_session(workplace, "easyedit-wise", 0, TEXTS) as session:
+            session.restore(state, EDIT, CROSS_ENTROPY)
+            session.apply(edits[3], CROSS_ENTROPY)
+            assert same(session.state(), expected)
+
+    @pytest.mark.parametrize("method", ALGORITHMS)
+    def test_a_state_of_something_else(self, workplace, method):
+        """It is refused, and the session begins as if it had never been there."""
+        other = "easyedit-melo" if method == "easyedit-wise" else "easyedit-wise"
+        with open_easyedit_session(workplace, other, 0, TEXTS) as session:
+            session.apply(EDIT, CROSS_ENTROPY)
+            foreign = session.state()
+        with open_easyedit_session(workplace, method, 0, TEXTS) as session:
+            untouched = session.state()
+            session.apply(EDIT, CROSS_ENTROPY)
             expected = session.state()
         with open_easyedit_session(workplace, method, 0, TEXTS) as session:
-            session.restore(state)
-            session.apply(SECOND, CROSS_ENTROPY)
-            found = session.state()
-        assert expected["edits made"] == 2, "the random numbers of the next edit follow from it"
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
-        assert not all(torch.equal(expected[name], state[name]) for name in expected)
+            for state in (foreign, {}):
+                with pytest.raises((ValueError, LookupError)):
+                    session.restore(state, EDIT, CROSS_ENTROPY)
+                assert same(session.state(), untouched)
+            session.apply(EDIT, CROSS_ENTROPY)
+            assert same(session.state(), expected)
+
+    def test_no_class_of_a_files_choice(self, workplace):
+        """A state puts together objects of the classes that EasyEdit's layers hold, and no others."""
+        with open_easyedit_session(workplace, "easyedit-wise", 0, TEXTS) as session:
+            session.apply(EDIT, CROSS_ENTROPY)
+            state = session.state()
+        (layer,) = state["layers"].values()
+        layer["editing_mean_act"] = ("object of EasyEdit", "subprocess.Popen", {})
+        with (
+            open_easyedit_session(workplace, "easyedit-wise", 0, TEXTS) as session,
+            pytest.raises(ValueError, match=r"got 'subprocess\.Popen'"),
+        ):
+            session.restore(state, EDIT, CROSS_ENTROPY)
+
+    def test_what_is_no_data_has_no_state(self, workplace, caplog):
+        """An EasyEdit whose layers hold something else: a killed sequence starts anew, and that is said."""
+        with open_easyedit_session(workplace, "easyedit-wise", 0, TEXTS) as session:
+            session.apply(EDIT, CROSS_ENTROPY)
+            layer = next(m for m in session.model.modules() if hasattr(m, "editing_mean_act"))
+            layer.something = object()
+            assert session.state() is None
+        assert "a killed sequence of easyedit-wise would start anew: a builtins.object is no data" in caplog.text
 
     @pytest.mark.parametrize("method", ["easyedit-ft", "easyedit-lora", "easyedit-melo", "easyedit-wise"])
     def test_further_pairs_are_edited_too(self, workplace, method):
@@ -276,5 +395,6 @@ class TestLosses:
             fresh = Workplace(workplace.model, workplace.tokenizer)
             with open_easyedit_session(fresh, method, 0, texts) as session:
                 session.apply(EDIT, CROSS_ENTROPY)
-                weights.append(session.state())
-        assert not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+                weights.append(session.state()["weights"])
+        assert weights[0].keys() == weights[1].keys()
+        assert not same(*weights)

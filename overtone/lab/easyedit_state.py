@@ -1,0 +1,124 @@
+"""What edits have left in a model and in EasyEdit's modules, as plain data.
+
+The data holds tensors, numbers, texts and containers only, so that a file of it can be read without trusting whoever
+wrote it. Objects are taken apart into their attributes, and only those of a few classes are ever put together again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from overtone.lab import easyedit_process as process
+
+_OBJECTS = {
+    "models.wise.utils": ("EditingMeanAct",),
+    "models.melo.peft_egg.src.peft.tuners.melo": ("VecDB", "mem_point"),
+}
+"""Whose attributes are nothing but data, by module of EasyEdit."""
+
+_OBJECT = "object of EasyEdit"
+"""The first of the three entries that stand for an object; the others are its class and its attributes."""
+
+_NO_DATA = ("config", "device")
+"""Attributes of EasyEdit's layers that a method sets from its hparams, the same for every edit."""
+
+
+class UnknownStateError(ValueError):
+    """Something that is no data, or data that does not fit."""
+
+
+def take_apart(model: Any, shared: frozenset[int]) -> dict[str, Any]:
+    """What there is beyond the clean model.
+
+    Args:
+        model: the edited one.
+        shared: ids of the parameters that it shares with the clean one.
+
+    Raises:
+        UnknownStateError: something is not made of tensors, numbers, texts and containers.
+    """
+    return {
+        "weights": {name: _encoded(weight) for name, weight in model.named_parameters() if id(weight) not in shared},
+        "layers": {name: _encoded(_data_of(layer)) for name, layer in _layers(model)},
+        "process": {name: _encoded(values) for name, values in process.state().items()},
+    }
+
+
+def put_together(model: Any, state: Mapping[str, Any]) -> None:
+    """Put the model, and EasyEdit's modules, where `take_apart` found them.
+
+    Args:
+        model: the clean one with the layers that the method adds, on which any edit was made.
+        state: from `take_apart`.
+
+    Raises:
+        UnknownStateError: the state is not of such a model; some of it may be in place.
+    """
+    weights = {name: _decoded(weight) for name, weight in state["weights"].items()}
+    layers = {name: _decoded(data) for name, data in state["layers"].items()}
+    there = dict(_layers(model))
+    if layers.keys() != there.keys() or not weights.keys() <= dict(model.named_parameters()).keys():
+        raise UnknownStateError(
+            f"state must be of layers {list(there)}, got {list(layers)} with weights {list(weights)}"
+        )
+    for name, weight in weights.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, weight)
+    for name, data in layers.items():
+        vars(there[name]).update(data)
+    process.set_state({name: _decoded(values) for name, values in state["process"].items()})
+
+
+def _layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of EasyEdit's own making."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("easyeditor."):
+            yield name, module
+
+
+def _data_of(layer: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(layer).items() if name[0] != "_" and name not in _NO_DATA}
+
+
+def _encoded(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, list | tuple):
+        return type(value)(map(_encoded, value))
+    if isinstance(value, dict):
+        return {key: _encoded(kept) for key, kept in value.items()}
+    name = f"{type(value).__module__}.{type(value).__name__}"
+    if name in _classes():
+        return _OBJECT, name, _encoded(vars(value))
+    raise UnknownStateError(f"a {name} is no data")
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, tuple) and value[:1] == (_OBJECT,):
+        _, name, attributes = value
+        if name not in _classes():
+            raise UnknownStateError(f"state must hold objects of {list(_classes())}, got {name!r}")
+        decoded: Any = object.__new__(_classes()[name])
+        vars(decoded).update(_decoded(attributes))
+        return decoded
+    if isinstance(value, list | tuple):
+        return type(value)(map(_decoded, value))
+    if isinstance(value, dict):
+        return {key: _decoded(kept) for key, kept in value.items()}
+    return _encoded(value)  # a copy: the state can be put in place twice
+
+
+def _classes() -> dict[str, type]:
+    modules = {name: process.module(name) for name in _OBJECTS}
+    return {
+        f"{module.__name__}.{name}": getattr(module, name)
+        for path, module in modules.items()
+        for name in _OBJECTS[path]
+    }
