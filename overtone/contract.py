@@ -126,7 +126,7 @@ def flatten_tokens(
     """``(..., V)`` to ``(N, V)`` and ``(...)`` to ``(N,)`` int64; the reference detached."""
     vocabulary = logits.shape[-1]
     reference = None if reference_logits is None else reference_logits.detach().reshape(-1, vocabulary)
-    # A view of what is flat already would be a node of the graph for nothing.
+    # What is flat already stays as it is: a view of it would be a node of the graph, or time, for nothing.
     flat_logits = logits if logits.dim() == 2 else logits.reshape(-1, vocabulary)
     flat_labels = labels if labels.dim() == 1 else labels.reshape(-1)
     return flat_logits, flat_labels.long(), reference

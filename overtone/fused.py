@@ -71,7 +71,8 @@ def overtone_loss(
         ValueError: for shapes that do not match, integer logits, labels out of range (on a CUDA device torch's own
             device-side assertion reports them), hyper-parameters out of range, or a hold under torch.distributed.
         TypeError: for an argument of the wrong type.
-        NotImplementedError: under forward-mode differentiation; the loss has first derivatives in reverse mode.
+        NotImplementedError, RuntimeError: under forward-mode differentiation and in torch.func's transforms; the loss
+            has first derivatives in reverse mode alone, unlike `overtone.functional.reference_loss`.
     """
     check_hyperparameters(epsilon, n_sigma, lam, check, hold_settled, hold_correct)
     check_reduction(reduction, ignore_index)

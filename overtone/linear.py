@@ -288,12 +288,15 @@ class _LinearKl(torch.autograd.Function):
         of_hidden, of_weight, of_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         wanted = (of_hidden, of_weight, of_bias)
         kl, ctx.gradients = _chunked(hidden, weight, bias, problem, problem.row_weight, wanted)
+        ctx.set_materialize_grads(False)
         ctx.problem, ctx.wanted = problem, wanted
         ctx.save_for_backward(hidden, weight, bias, kl.detach())
         return kl
 
     @staticmethod
-    def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_kl is None:
+            return (None,) * 5
         hidden, weight, bias, kl = ctx.saved_tensors
         # Handed out once, so that the optimiser's gradient is not a second copy of the weight's size.
         gradients, ctx.gradients = ctx.gradients, None

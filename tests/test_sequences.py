@@ -229,9 +229,9 @@ class TestCheckpoint:
         task(checkpoints=tmp_path).perform(workplace)
         assert len(made) == 2
 
-    @pytest.mark.parametrize("broken", ["of", "fitted", "losses", "state", "weight", "everything"])
+    @pytest.mark.parametrize("broken", ["of", "fitted", "losses", "state", "weight", "shape", "everything"])
     def test_a_malformed_file_is_passed_over(self, workplace, tmp_path, monkeypatch, broken):
-        """Also where some weights are in place by the time that another is missing: the sequence starts from none."""
+        """The sequence starts from no edit."""
         expected = task(method="lora").perform(workplace)
         path = self.interrupted(workplace, tmp_path, monkeypatch, method="lora")
         saved = torch.load(path)
@@ -239,6 +239,8 @@ class TestCheckpoint:
             del saved["fitted"][0]["losses"]
         elif broken == "weight":
             del saved["state"][max(saved["state"])]
+        elif broken == "shape":
+            saved["state"][max(saved["state"])] = torch.zeros(3, 5)
         elif broken == "everything":
             saved = [1]
         else:

@@ -51,16 +51,22 @@ class SequenceCheckpoint:
             return []
         try:
             saved = torch.load(self.path, weights_only=True, map_location=session.model.device)
+        except FileNotFoundError:
+            return []
+        except _BROKEN as error:
+            return self._passed_over(error)
+        try:
             if saved["of"] != self._of:
                 return []
             fitted = [FitTrace(**{**fit, "losses": tuple(fit["losses"])}) for fit in saved["fitted"]]
             session.restore(saved["state"], edit, loss)
-        except FileNotFoundError:
-            return []
-        except (*_BROKEN, *_MALFORMED) as error:
-            logger.warning("%s is broken and its sequence starts anew: %s: %s", self.path, type(error).__name__, error)
-            return []
+        except _MALFORMED as error:
+            return self._passed_over(error)
         return fitted
+
+    def _passed_over(self, error: Exception) -> list[FitTrace]:
+        logger.warning("%s is broken and its sequence starts anew: %s: %s", self.path, type(error).__name__, error)
+        return []
 
     def save(self, session: Session, fitted: Sequence[FitTrace]) -> None:
         """Keep the session's state, in place of the one before."""

@@ -8,8 +8,7 @@ them stands in `SMALL`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +93,21 @@ class _Target:
         }
 
 
+def hparams_values(alg_name: str, model: Any, tokenizer_folder: Path) -> dict[str, Any]:
+    """What EasyEdit's hparams of a method say for a model; arguments and errors as of `make_hparams`."""
+    target = _Target(model, architecture_of(model), tokenizer_folder)
+    values = {
+        "alg_name": alg_name,
+        "model_name": model.config.model_type,
+        "device": str(model.device),
+        "model_parallel": False,
+        **_VALUES[alg_name](target),
+    }
+    small = SMALL[alg_name] if model.num_parameters() < SMALL_MODEL else {}
+    (values["grace"] if alg_name == "MELO" else values).update(small)
+    return values
+
+
 def make_hparams(alg_name: str, model: Any, tokenizer_folder: Path) -> Any:
     """EasyEdit's hparams object of a method for a model.
 
@@ -105,21 +119,12 @@ def make_hparams(alg_name: str, model: Any, tokenizer_folder: Path) -> Any:
     Raises:
         ValueError: the model is built otherwise.
     """
-    target = _Target(model, architecture_of(model), tokenizer_folder)
-    values = {
-        "alg_name": alg_name,
-        "model_name": model.config.model_type,
-        "device": str(model.device),
-        "model_parallel": False,
-        **_VALUES[alg_name](target),
-    }
-    small = SMALL[alg_name] if model.num_parameters() < SMALL_MODEL else {}
+    values = hparams_values(alg_name, model, tokenizer_folder)
     if alg_name == "MELO":
-        values["grace"].update(small)
         return _melo_hparams(values)
     package = alg_name.lower()
     module = importlib.import_module(f"easyeditor.models.{package}.{package}_hparams")
-    return getattr(module, f"{alg_name}HyperParams")(**{**values, **small})
+    return getattr(module, f"{alg_name}HyperParams")(**values)
 
 
 def architecture_of(model: Any) -> Architecture:
@@ -148,25 +153,9 @@ def most_steps(hparams: Any) -> int:
     """How many optimiser steps one edit takes where nothing ends it earlier."""
     if hparams.alg_name in ("ROME", "MEMIT"):
         return int(hparams.v_num_grad_steps) - 1  # the last evaluation is not followed by a step
-    owner, name = _place_of_steps(hparams)
-    return int(getattr(owner, name))
-
-
-@contextmanager
-def single_step(hparams: Any) -> Iterator[None]:
-    """With these hparams, and with shallow copies made meanwhile, an edit takes one optimiser step; not ROME, MEMIT."""
-    owner, name = _place_of_steps(hparams)
-    steps = getattr(owner, name)
-    setattr(owner, name, 1)
-    try:
-        yield
-    finally:
-        setattr(owner, name, steps)
-
-
-def _place_of_steps(hparams: Any) -> tuple[Any, str]:
-    owner = hparams.grace if hparams.alg_name == "MELO" else hparams
-    return owner, {"MELO": "num_iter", "WISE": "n_iter"}.get(hparams.alg_name, "num_steps")
+    source = hparams.grace if hparams.alg_name == "MELO" else hparams
+    name = {"MELO": "num_iter", "WISE": "n_iter"}.get(hparams.alg_name, "num_steps")
+    return int(getattr(source, name))
 
 
 def _ft(target: _Target) -> dict[str, Any]:

@@ -51,8 +51,9 @@ def set_state(values: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         ValueError: it is of other modules or attributes.
     """
-    if {name: set(kept) for name, kept in values.items()} != {name: set(kept) for name, kept in _STATE.items()}:
-        raise ValueError(f"values must be of {_STATE}, got {values}")
+    expected, given = ({name: sorted(kept) for name, kept in of.items()} for of in (_STATE, values))
+    if given != expected:
+        raise ValueError(f"values must be of {expected}, got {given}")
     for name, kept in values.items():
         for attribute, value in kept.items():
             setattr(module(name), attribute, value)

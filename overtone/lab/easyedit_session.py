@@ -24,7 +24,7 @@ from torch import Tensor
 
 from overtone.easyedit.patching import Patches
 from overtone.lab import easyedit_process as process
-from overtone.lab.easyedit_hparams import edited_weights, make_hparams, most_steps, single_step
+from overtone.lab.easyedit_hparams import edited_weights, hparams_values, make_hparams, most_steps
 from overtone.lab.easyedit_losses import PRESETS, token_loss
 from overtone.lab.easyedit_rows import RowByRow
 from overtone.lab.easyedit_state import UnknownStateError, put_together, take_apart
@@ -85,8 +85,8 @@ def unsupported(method: str, loss: NamedLoss) -> str | None:
     return None
 
 
-_EDITS_MADE = "edits made"
-"""In a state: the random numbers of an edit follow from how many there were before it."""
+_EDITS_MADE, _HPARAMS = "edits made", "hparams"
+"""In a state: the random numbers of an edit follow from how many there were before it, and the layers from hparams."""
 
 
 @contextmanager
@@ -139,6 +139,7 @@ class EasyEditSession:
         self._algorithm = algorithm
         self._clean = workplace.model
         self._hparams = hparams
+        self._values = hparams_values(algorithm.alg_name, workplace.model, Path("tokenizer"))
         self._seed = seed
         self._texts = texts
         self._names = edited_weights(hparams) if algorithm.edits_in_place else []
@@ -151,7 +152,6 @@ class EasyEditSession:
 
     def _begin(self) -> None:
         """Nothing is edited yet."""
-        process.begin_anew()
         self._edits_made = 0
         self._copy = _sharing_copy(self._clean, self._names)
         # EasyEdit finds a model's family, and its statistics, under this name, which is otherwise a path.
@@ -203,22 +203,26 @@ class EasyEditSession:
         return FitTrace((), steps[0], self._ended(steps[0], len(calls), loss), seconds)
 
     def state(self) -> dict[str, Any] | None:
-        """What the edits left, and how many there were; None, with a warning, where that is no plain data."""
+        """What the edits left, by which hparams, and how many there were; None where that is no plain data."""
         try:
-            return {_EDITS_MADE: self._edits_made, **take_apart(self._copy, self._shared)}
+            left = take_apart(self._copy, self._shared)
         except UnknownStateError as error:
-            logger.warning("a killed sequence of %s would start anew: %s", self._algorithm.name, error)
+            if self._edits_made == 1:
+                logger.warning("a killed sequence of %s would start anew: %s", self._algorithm.name, error)
             return None
+        return {_EDITS_MADE: self._edits_made, _HPARAMS: self._values, **left}
 
     def restore(self, state: Mapping[str, Any], edit: Edit, loss: NamedLoss) -> None:
         """Go on from a state; see `Session`."""
+        if state[_HPARAMS] != self._values:
+            raise ValueError(f"state must be made with hparams {self._values}, got {state[_HPARAMS]}")
         try:
             if not self._algorithm.edits_in_place:
-                with single_step(self._hparams):
-                    self.apply(edit, loss)  # adds the layers, whatever is in them
-            put_together(self._copy, state)
+                self.apply(edit, loss)  # adds the layers; what is in them is of the state
+            put_together(self._copy, self._shared, state)
             self._edits_made = int(state[_EDITS_MADE])
-        except BaseException:
+        except Exception:
+            process.begin_anew()
             self._begin()
             raise
 

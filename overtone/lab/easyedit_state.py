@@ -6,7 +6,7 @@ wrote it. Objects are taken apart into their attributes, and only those of a few
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ _OBJECTS = {
 _OBJECT = "object of EasyEdit"
 """The first of the three entries that stand for an object; the others are its class and its attributes."""
 
-_NO_DATA = ("config", "device")
-"""Attributes of EasyEdit's layers that a method sets from its hparams, the same for every edit."""
+_NOT_KEPT = {"config", "device", "original_layer", "original_layer_output", "new_weight_layer_output"}
+"""What EasyEdit's layers hold the same after every edit, or write before they read it."""
 
 
 class UnknownStateError(ValueError):
@@ -41,46 +41,70 @@ def take_apart(model: Any, shared: frozenset[int]) -> dict[str, Any]:
         UnknownStateError: something is not made of tensors, numbers, texts and containers.
     """
     return {
-        "weights": {name: _encoded(weight) for name, weight in model.named_parameters() if id(weight) not in shared},
-        "layers": {name: _encoded(_data_of(layer)) for name, layer in _layers(model)},
+        "weights": {name: _encoded(weight) for name, weight in _own_weights(model, shared).items()},
+        "layers": {name: _encoded(_data_of(layer)) for name, layer in _layers(model).items()},
         "process": {name: _encoded(values) for name, values in process.state().items()},
     }
 
 
-def put_together(model: Any, state: Mapping[str, Any]) -> None:
+def put_together(model: Any, shared: frozenset[int], state: Mapping[str, Any]) -> None:
     """Put the model, and EasyEdit's modules, where `take_apart` found them.
 
     Args:
         model: the clean one with the layers that the method adds, on which any edit was made.
+        shared: ids of the parameters that it shares with the clean one.
         state: from `take_apart`.
 
     Raises:
-        UnknownStateError: the state is not of such a model; some of it may be in place.
+        UnknownStateError: the state is not of such a model; nothing of it is in place.
+        LookupError, TypeError, AttributeError, ValueError: it is no state; some of it may be in place.
     """
     weights = {name: _decoded(weight) for name, weight in state["weights"].items()}
     layers = {name: _decoded(data) for name, data in state["layers"].items()}
-    there = dict(_layers(model))
-    if layers.keys() != there.keys() or not weights.keys() <= dict(model.named_parameters()).keys():
-        raise UnknownStateError(
-            f"state must be of layers {list(there)}, got {list(layers)} with weights {list(weights)}"
-        )
+    _check_kinds("weights", _own_weights(model, shared), weights)
+    there = _layers(model)
+    _check_names("layers", there, layers)
+    for name, layer in there.items():
+        _check_names(f"attributes of {name}", _data_of(layer), layers[name])
+    process.set_state({name: _decoded(values) for name, values in state["process"].items()})
     for name, weight in weights.items():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, weight)
     for name, data in layers.items():
         vars(there[name]).update(data)
-    process.set_state({name: _decoded(values) for name, values in state["process"].items()})
 
 
-def _layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The layers of EasyEdit's own making."""
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith("easyeditor."):
-            yield name, module
+def _check_kinds(what: str, expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
+    _check_names(what, expected, found)
+    for name, weight in expected.items():
+        kinds = [
+            (type(value), getattr(value, "shape", None), getattr(value, "dtype", None))
+            for value in (weight, found[name])
+        ]
+        if kinds[0] != kinds[1]:
+            raise UnknownStateError(f"state must hold {kinds[0]} as {name}, got {kinds[1]}")
+
+
+def _check_names(what: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    if expected.keys() != found.keys():
+        raise UnknownStateError(f"state must hold the {what} {list(expected)}, got {list(found)}")
+
+
+def _own_weights(model: Any, shared: frozenset[int]) -> dict[str, nn.Parameter]:
+    return {
+        name: weight
+        for name, weight in model.named_parameters()
+        if id(weight) not in shared and not _NOT_KEPT & set(name.split("."))
+    }
+
+
+def _layers(model: Any) -> dict[str, nn.Module]:
+    """The layers of EasyEdit's own making, by name."""
+    return {name: module for name, module in model.named_modules() if type(module).__module__.startswith("easyeditor.")}
 
 
 def _data_of(layer: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(layer).items() if name[0] != "_" and name not in _NO_DATA}
+    return {name: value for name, value in vars(layer).items() if name[0] != "_" and name not in _NOT_KEPT}
 
 
 def _encoded(value: Any) -> Any:

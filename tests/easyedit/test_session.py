@@ -18,6 +18,7 @@ from packaging.version import Version
 from overtone.easyedit.installation import installed
 from overtone.lab import easyedit_process, easyedit_session
 from overtone.lab.batching import encode_targets, target_logits
+from overtone.lab.checkpoint import SequenceCheckpoint
 from overtone.lab.easyedit_session import ALGORITHMS, EasyEditSession, open_easyedit_session
 from overtone.lab.experiment import Workplace
 from overtone.lab.losses import parse_loss
@@ -34,7 +35,6 @@ pytestmark = [
 
 CROSS_ENTROPY = parse_loss("cross_entropy")
 TEXTS = ["The head of Velin is Mavi .", "The spouse of Solen is Corin Tass .", "people of the city", "Yes Tass ."]
-IN_PLACE = [name for name, algorithm in ALGORITHMS.items() if algorithm.edits_in_place]
 
 
 def make_edit(subject="Ardan", relation="capital", target=" Corin Solen", old=" Belmor", also=()):
@@ -79,17 +79,30 @@ def same(one, other):
     return one == other
 
 
+def broken_states(state):
+    """What is not the state of a session, one thing wrong with each."""
+    yield {}
+    yield state | {"hparams": state["hparams"] | {"alg_name": "another"}}
+    yield state | {"process": {}}
+    weights = state["weights"]
+    name = next(iter(weights))
+    others = {key: weight for key, weight in weights.items() if key != name}
+    yield state | {"weights": others}
+    yield state | {"weights": weights | {"model.norm.weight": torch.nn.Parameter(torch.zeros(3))}}
+    yield state | {"weights": others | {name: torch.nn.Parameter(torch.zeros(3, 5))}}
+    yield state | {"weights": others | {name: weights[name].double()}}
+    yield state | {"layers": state["layers"] | {"model.another": {}}}
+    for layer in state["layers"]:
+        yield state | {"layers": state["layers"] | {layer: {}}}
+
+
 def process_state():
     """Everything that EasyEdit keeps, or changes, beyond a model."""
-    kept = {
-        (name, attribute): getattr(easyedit_process.module(name), attribute)
-        for name, state in easyedit_process._STATE.items()
-        for attribute in state
-    }
+    kept = [value for values in easyedit_process.state().values() for value in values.values()]
     rome, memit = easyedit_process.module("models.rome.compute_u"), easyedit_process.module("models.memit.memit_main")
     seams = [rome.layer_stats, rome.inv_mom2_cache, memit.layer_stats, memit.COV_CACHE]
     generators = random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()
-    return [*map(id, [*kept.values(), *seams])], str(kept), generators, installed(), logging.getLogger().level
+    return [*map(id, [*kept, *seams])], str(kept), generators, installed(), logging.getLogger().level
 
 
 class TestEverySession:
@@ -249,16 +262,16 @@ class TestSequences:
 
     @pytest.mark.parametrize("method", ["easyedit-lora", "easyedit-melo", "easyedit-wise"])
     def test_an_interrupted_sequence_goes_on(self, workplace, method, tmp_path, monkeypatch):
-        """With the edits that were not made yet, and to the same outcomes; of the first, one step is repeated."""
+        """With the edits that were not made yet, and to the same outcomes; the first is made again, for its layers."""
 
         def perform(interrupted_at=None):
-            apply, traces = EasyEditSession.apply, []
+            apply, made = EasyEditSession.apply, []
 
             def counted(*arguments):
-                if len(traces) == interrupted_at:
+                if len(made) == interrupted_at:
                     raise KeyboardInterrupt
-                traces.append((arguments[1], apply(*arguments)))
-                return traces[-1][1]
+                made.append(arguments[1])
+                return apply(*arguments)
 
             task = SequenceTask(
                 "short", 0, method, "overtone_held", 0, (EDIT, SECOND, THIRD), tuple(TEXTS), tuple(TEXTS), tmp_path
@@ -268,16 +281,15 @@ class TestSequences:
                 if interrupted_at is not None:
                     with pytest.raises(KeyboardInterrupt):
                         task.perform(workplace)
-                    return [], traces
-                return [replace(outcome, seconds=0.0) for outcome in task.perform(workplace)], traces
+                    return [], made
+                return [replace(outcome, seconds=0.0) for outcome in task.perform(workplace)], made
 
         expected, _ = perform()
         next(tmp_path.iterdir()).unlink()
         perform(interrupted_at=2)
-        found, traces = perform()
+        found, made = perform()
         assert found == expected
-        assert [edit for edit, _ in traces] == [EDIT, THIRD]
-        assert traces[0][1].steps <= 1
+        assert made == [EDIT, THIRD]
 
     def test_wise_beyond_its_merges(self, workplace, monkeypatch):
         """The memory, which every few edits go into, is in the state, and so is the history that is replayed."""
@@ -285,7 +297,7 @@ class TestSequences:
 
         def make_merging(*args):
             hparams = make(*args)
-            hparams.save_freq, hparams.merge_freq = 1, 2
+            hparams.save_freq, hparams.merge_freq, hparams.replay = 1, 2, True
             return hparams
 
         monkeypatch.setattr(easyedit_session, "make_hparams", make_merging)
@@ -307,21 +319,46 @@ class TestSequences:
     @pytest.mark.parametrize("method", ALGORITHMS)
     def test_a_state_of_something_else(self, workplace, method):
         """It is refused, and the session begins as if it had never been there."""
-        other = "easyedit-melo" if method == "easyedit-wise" else "easyedit-wise"
-        with open_easyedit_session(workplace, other, 0, TEXTS) as session:
-            session.apply(EDIT, CROSS_ENTROPY)
-            foreign = session.state()
         with open_easyedit_session(workplace, method, 0, TEXTS) as session:
             untouched = session.state()
             session.apply(EDIT, CROSS_ENTROPY)
             expected = session.state()
         with open_easyedit_session(workplace, method, 0, TEXTS) as session:
-            for state in (foreign, {}):
+            for state in broken_states(expected):
                 with pytest.raises((ValueError, LookupError)):
                     session.restore(state, EDIT, CROSS_ENTROPY)
                 assert same(session.state(), untouched)
             session.apply(EDIT, CROSS_ENTROPY)
             assert same(session.state(), expected)
+
+    @pytest.mark.parametrize("method", ALGORITHMS)
+    def test_a_state_of_another_method(self, workplace, method):
+        """It is refused, whichever the other one is."""
+        for other in ALGORITHMS.keys() - {method}:
+            with open_easyedit_session(workplace, other, 0, TEXTS) as session:
+                foreign = session.state()
+            with (
+                open_easyedit_session(workplace, method, 0, TEXTS) as session,
+                pytest.raises(ValueError, match="state must be made with hparams"),
+            ):
+                session.restore(foreign, EDIT, CROSS_ENTROPY)
+
+    @pytest.mark.parametrize("error", [OSError, torch.OutOfMemoryError])
+    def test_what_fails_of_the_machine_is_no_broken_file(self, workplace, tmp_path, monkeypatch, error):
+        """The state stays for another time."""
+        path = tmp_path / "state.pt"
+        with open_easyedit_session(workplace, "easyedit-lora", 0) as session:
+            trace = session.apply(EDIT, CROSS_ENTROPY)
+            SequenceCheckpoint(path, "this").save(session, [trace])
+
+        def fail(*arguments, **values):
+            raise error("of the machine")
+
+        with open_easyedit_session(workplace, "easyedit-lora", 0) as session:
+            monkeypatch.setattr(torch.optim.Adam, "step", fail)
+            with pytest.raises(error):
+                SequenceCheckpoint(path, "this").resume(session, EDIT, CROSS_ENTROPY)
+        assert path.exists()
 
     def test_no_class_of_a_files_choice(self, workplace):
         """A state puts together objects of the classes that EasyEdit's layers hold, and no others."""
