@@ -136,8 +136,10 @@ def _sums_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> R
     kept_factor = torch.where(is_mixed, (lam - dropped_share) / kept_share, 1)
     label_gradient = torch.where(is_mixed, mixture_gradient, -rest / total)
     is_first_choice = (label_on_top & (others_on_top == 0)).to(kl.dtype)
-    # Just below the top at most, so that the gradient keeps the top too without knowing it.
-    threshold = torch.minimum(threshold, torch.nextafter(top, torch.full_like(top, -math.inf)))
+    # Just below the top at most, so that the gradient keeps the top too without knowing it. What is just below 0 is 0
+    # where denormal numbers are flushed.
+    below_top = torch.nextafter(top, torch.full_like(top, -math.inf))
+    threshold = torch.minimum(threshold, torch.where(top == 0, -torch.finfo(top.dtype).tiny, below_top))
     coefficients = torch.stack([top + log_total, threshold, kept_factor, label_gradient, is_first_choice])
     return RowSums(kl.clamp(min=0), coefficients, weights, total)
 
