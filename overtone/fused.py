@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from overtone.contract import (
     Reduction,
@@ -71,13 +72,13 @@ def overtone_loss(
         ValueError: for shapes that do not match, integer logits, labels out of range (on a CUDA device torch's own
             device-side assertion reports them), hyper-parameters out of range, or a hold under torch.distributed.
         TypeError: for an argument of the wrong type.
-        NotImplementedError, RuntimeError: under forward-mode differentiation and in torch.func's transforms; the loss
-            has first derivatives in reverse mode alone, unlike `overtone.functional.reference_loss`.
+        NotImplementedError: under forward-mode differentiation; the loss has first derivatives in reverse mode.
     """
     check_hyperparameters(epsilon, n_sigma, lam, check, hold_settled, hold_correct)
     check_reduction(reduction, ignore_index)
     check_tensors(logits, labels, reference_logits)
     refuse_hold_when_distributed(hold_settled)
+    _refuse_forward_mode(logits)
     token_logits, token_labels, reference = flatten_tokens(logits, labels, reference_logits)
     settings = TargetSettings(None if n_sigma is None else float(n_sigma), float(lam), check)
     can_be_held = hold_settled is not False
@@ -102,6 +103,14 @@ def overtone_loss(
         waits_for = correct[counted] if hold_correct else None
         loss = release_when_held(loss, kl[counted], epsilon, hold_settled, waits_for)
     return loss.reshape(labels.shape) if reduction == "none" else loss
+
+
+def _refuse_forward_mode(logits: Tensor) -> None:
+    """Torch would refuse it too, but not say what to do instead."""
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(logits).tangent is not None:
+        raise NotImplementedError(
+            "overtone_loss has no forward-mode derivative: use backward(), or overtone.functional.reference_loss"
+        )
 
 
 class _OverTone(torch.autograd.Function):

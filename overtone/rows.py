@@ -202,7 +202,7 @@ def _set_labels(rows: Tensor, labels: Tensor, values: Tensor) -> None:
 
 def _without_autocast(logits: Tensor) -> AbstractContextManager[object]:
     device = logits.device.type
-    is_on = (device == "cpu" or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 

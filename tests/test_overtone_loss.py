@@ -343,15 +343,15 @@ class TestEdges:
         torch.testing.assert_close((value.double(), gradient.double()), expected)
 
     def test_forward_mode_is_refused(self):
-        """By torch, rather than that a tangent be zero, whether the logits are trained or not."""
+        """With what to do instead, whether the logits are trained or not."""
         logits, labels = draw_tokens(3, 5)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(lambda s: overtone_loss(s, labels), (logits,), (torch.ones_like(logits),))
         with forward_ad.dual_level():
             for scores in (logits, logits.clone().requires_grad_()):
                 dual = forward_ad.make_dual(scores, torch.ones_like(scores))
-                with pytest.raises(NotImplementedError, match="jvp"):
+                with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
                     overtone_loss(dual, labels)
-        with pytest.raises(RuntimeError, match="functorch transforms"):
-            torch.func.jvp(lambda s: overtone_loss(s, labels), (logits,), (torch.ones_like(logits),))
 
     def test_second_derivatives_raise(self):
         """The target's own derivative is left out by design, so there is no second one to ask for."""

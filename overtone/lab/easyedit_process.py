@@ -59,9 +59,9 @@ def set_state(values: Mapping[str, Mapping[str, Any]]) -> None:
             setattr(module(name), attribute, value)
 
 
-def begin_anew() -> None:
-    """Let EasyEdit's modules keep what they begin with."""
-    set_state({name: {attribute: fresh() for attribute, fresh in kept.items()} for name, kept in _STATE.items()})
+def fresh_state() -> dict[str, dict[str, Any]]:
+    """What EasyEdit's modules begin with."""
+    return {name: {attribute: fresh() for attribute, fresh in kept.items()} for name, kept in _STATE.items()}
 
 
 def missing() -> str | None:
@@ -132,9 +132,9 @@ def apart(trainer: str | None) -> Iterator[Patches]:
     is_ours = trainer is not None and trainer not in installed()
     before = installed()
     try:
-        for name, state in _STATE.items():
-            for attribute, fresh in state.items():
-                patches.attribute(module(name), attribute, fresh())
+        for name, kept in fresh_state().items():
+            for attribute, value in kept.items():
+                patches.attribute(module(name), attribute, value)
         if is_ours:
             install([trainer])  # type: ignore[list-item]
         yield patches

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -139,7 +140,6 @@ class EasyEditSession:
         self._algorithm = algorithm
         self._clean = workplace.model
         self._hparams = hparams
-        self._values = hparams_values(algorithm.alg_name, workplace.model, Path("tokenizer"))
         self._seed = seed
         self._texts = texts
         self._names = edited_weights(hparams) if algorithm.edits_in_place else []
@@ -210,19 +210,24 @@ class EasyEditSession:
             if self._edits_made == 1:
                 logger.warning("a killed sequence of %s would start anew: %s", self._algorithm.name, error)
             return None
-        return {_EDITS_MADE: self._edits_made, _HPARAMS: self._values, **left}
+        return {_EDITS_MADE: self._edits_made, _HPARAMS: self._hparams_values, **left}
+
+    @cached_property
+    def _hparams_values(self) -> dict[str, Any]:
+        """Without the folder of the tokenizer, which is another one in each session."""
+        return hparams_values(self._algorithm.alg_name, self._clean, Path("tokenizer"))
 
     def restore(self, state: Mapping[str, Any], edit: Edit, loss: NamedLoss) -> None:
         """Go on from a state; see `Session`."""
-        if state[_HPARAMS] != self._values:
-            raise ValueError(f"state must be made with hparams {self._values}, got {state[_HPARAMS]}")
+        if state[_HPARAMS] != self._hparams_values:
+            raise ValueError(f"state must be made with hparams {self._hparams_values}, got {state[_HPARAMS]}")
         try:
             if not self._algorithm.edits_in_place:
                 self.apply(edit, loss)  # adds the layers; what is in them is of the state
             put_together(self._copy, self._shared, state)
             self._edits_made = int(state[_EDITS_MADE])
         except Exception:
-            process.begin_anew()
+            process.set_state(process.fresh_state())
             self._begin()
             raise
 

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from overtone.lab import easyedit_process as process
 
-_OBJECTS = {
-    "models.wise.utils": ("EditingMeanAct",),
-    "models.melo.peft_egg.src.peft.tuners.melo": ("VecDB", "mem_point"),
-}
-"""Whose attributes are nothing but data, by module of EasyEdit."""
+_PACKAGE = "easyeditor."
+_MELO = f"{_PACKAGE}models.melo.peft_egg.src.peft.tuners.melo"
+_OBJECTS = (f"{_PACKAGE}models.wise.utils.EditingMeanAct", f"{_MELO}.VecDB", f"{_MELO}.mem_point")
+"""EasyEdit's classes whose attributes are nothing but data."""
 
 _OBJECT = "object of EasyEdit"
 """The first of the three entries that stand for an object; the others are its class and its attributes."""
@@ -61,7 +60,7 @@ def put_together(model: Any, shared: frozenset[int], state: Mapping[str, Any]) -
     """
     weights = {name: _decoded(weight) for name, weight in state["weights"].items()}
     layers = {name: _decoded(data) for name, data in state["layers"].items()}
-    _check_kinds("weights", _own_weights(model, shared), weights)
+    _check_weights(_own_weights(model, shared), weights)
     there = _layers(model)
     _check_names("layers", there, layers)
     for name, layer in there.items():
@@ -74,15 +73,12 @@ def put_together(model: Any, shared: frozenset[int], state: Mapping[str, Any]) -
         vars(there[name]).update(data)
 
 
-def _check_kinds(what: str, expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
-    _check_names(what, expected, found)
+def _check_weights(expected: Mapping[str, nn.Parameter], found: Mapping[str, Any]) -> None:
+    _check_names("weights", expected, found)
     for name, weight in expected.items():
-        kinds = [
-            (type(value), getattr(value, "shape", None), getattr(value, "dtype", None))
-            for value in (weight, found[name])
-        ]
-        if kinds[0] != kinds[1]:
-            raise UnknownStateError(f"state must hold {kinds[0]} as {name}, got {kinds[1]}")
+        other = found[name]
+        if not isinstance(other, nn.Parameter) or (other.shape, other.dtype) != (weight.shape, weight.dtype):
+            raise UnknownStateError(f"state must hold a weight {tuple(weight.shape)}, {weight.dtype}, as {name}")
 
 
 def _check_names(what: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -100,7 +96,7 @@ def _own_weights(model: Any, shared: frozenset[int]) -> dict[str, nn.Parameter]:
 
 def _layers(model: Any) -> dict[str, nn.Module]:
     """The layers of EasyEdit's own making, by name."""
-    return {name: module for name, module in model.named_modules() if type(module).__module__.startswith("easyeditor.")}
+    return {name: module for name, module in model.named_modules() if type(module).__module__.startswith(_PACKAGE)}
 
 
 def _data_of(layer: nn.Module) -> dict[str, Any]:
@@ -119,7 +115,7 @@ def _encoded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _encoded(kept) for key, kept in value.items()}
     name = f"{type(value).__module__}.{type(value).__name__}"
-    if name in _classes():
+    if name in _OBJECTS:
         return _OBJECT, name, _encoded(vars(value))
     raise UnknownStateError(f"a {name} is no data")
 
@@ -127,9 +123,10 @@ def _encoded(value: Any) -> Any:
 def _decoded(value: Any) -> Any:
     if isinstance(value, tuple) and value[:1] == (_OBJECT,):
         _, name, attributes = value
-        if name not in _classes():
-            raise UnknownStateError(f"state must hold objects of {list(_classes())}, got {name!r}")
-        decoded: Any = object.__new__(_classes()[name])
+        if name not in _OBJECTS:
+            raise UnknownStateError(f"state must hold objects of {_OBJECTS}, got {name!r}")
+        path, _, class_name = name.removeprefix(_PACKAGE).rpartition(".")
+        decoded: Any = object.__new__(getattr(process.module(path), class_name))
         vars(decoded).update(_decoded(attributes))
         return decoded
     if isinstance(value, list | tuple):
@@ -137,12 +134,3 @@ def _decoded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _decoded(kept) for key, kept in value.items()}
     return _encoded(value)  # a copy: the state can be put in place twice
-
-
-def _classes() -> dict[str, type]:
-    modules = {name: process.module(name) for name in _OBJECTS}
-    return {
-        f"{module.__name__}.{name}": getattr(module, name)
-        for path, module in modules.items()
-        for name in _OBJECTS[path]
-    }
