@@ -36,40 +36,6 @@ class SettingTensors(NamedTuple):
     check: Tensor
 
 
-class Fit(NamedTuple):
-    """What one call says of its rows, their gradient included.
-
-    Attributes:
-        loss: ``()``, the clipped KLs times the row weight, summed.
-        kl, coefficients: as from `kl_of_rows`.
-        correct: ``(B,)``, bool: the label is strictly the most probable token.
-        row_weights: ``(B,)``, 0 where settled.
-        gradient: ``(B, V)``, of the loss by the logits, in their precision.
-    """
-
-    loss: Tensor
-    kl: Tensor
-    correct: Tensor
-    coefficients: Tensor
-    row_weights: Tensor
-    gradient: Tensor
-
-
-class RowSums(NamedTuple):
-    """What is found out about rows on the way to their KL.
-
-    Attributes:
-        kl, coefficients: as `kl_of_rows` returns them.
-        weights: ``(B, V)``, exp(logit - top).
-        total: ``(B,)``, of the weights.
-    """
-
-    kl: Tensor
-    coefficients: Tensor
-    weights: Tensor
-    total: Tensor
-
-
 def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tuple[Tensor, Tensor]:
     """KL(target || softmax(logits)) of each row, and what its gradient needs.
 
@@ -83,11 +49,6 @@ def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tupl
         (logits above it are kept), factor of a kept token's probability in the gradient, gradient of the true token,
         and 1 where the true token is strictly the most probable one, else 0.
     """
-    sums = _sums_of_rows(logits, labels, settings)
-    return sums.kl, sums.coefficients
-
-
-def _sums_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> RowSums:
     n_sigma, lam, check = settings
     scores = logits.to(lam.dtype)
     top = scores.amax(dim=1)
@@ -141,7 +102,7 @@ def _sums_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> R
     below_top = torch.nextafter(top, torch.full_like(top, -math.inf))
     threshold = torch.minimum(threshold, torch.where(top == 0, -torch.finfo(top.dtype).tiny, below_top))
     coefficients = torch.stack([top + log_total, threshold, kept_factor, label_gradient, is_first_choice])
-    return RowSums(kl.clamp(min=0), coefficients, weights, total)
+    return kl.clamp(min=0), coefficients
 
 
 def gradient_of_others(logits: Tensor, coefficients: Tensor, grad_kl: Tensor) -> Tensor:
@@ -177,27 +138,3 @@ def write_gradient_of_others(logits: Tensor, coefficients: Tensor, grad_kl: Tens
 def become_gradient_of_others(logits: Tensor, coefficients: Tensor, grad_kl: Tensor) -> None:
     """Overwrite the logits with `gradient_of_others`; a function apart, since a compiler takes an alias badly."""
     logits.copy_(gradient_of_others(logits, coefficients, grad_kl))
-
-
-def fit_of_rows(logits: Tensor, labels: Tensor, settings: Tensor) -> Fit:
-    """The loss of rows and its gradient, in one call.
-
-    Args:
-        logits, labels: ``(B, V)`` and ``(B,)``, as in `kl_of_rows`.
-        settings: ``(6,)``, in working precision, one tensor since each costs time: those of `SettingTensors`, then
-            epsilon, hold_correct (1 or 0) and what the reduction multiplies each row's loss by.
-    """
-    n_sigma, lam, check, epsilon, hold_correct, row_weight = settings.unbind()
-    kl, coefficients, weights, total = _sums_of_rows(logits, labels, SettingTensors(n_sigma, lam, check))
-    _, threshold, kept_factor, _, is_first_choice = coefficients
-    correct = is_first_choice != 0
-    settled = (kl < epsilon) & (correct | (hold_correct == 0))
-    loss = (torch.where(settled, epsilon, kl) * row_weight).sum()
-    row_weights = torch.where(settled, 0, row_weight)
-    # As in gradient_of_others, but from weights that are there: one exponential less.
-    is_kept = logits.to(kl.dtype) > threshold.unsqueeze(1)
-    scale = (row_weights / total).unsqueeze(1)
-    others = (weights * torch.where(is_kept, kept_factor.unsqueeze(1) * scale, scale)).to(logits.dtype)
-    index = torch.arange(len(labels), device=labels.device), labels
-    gradient = others.index_put(index, gradient_of_labels(coefficients, row_weights).to(logits.dtype))
-    return Fit(loss, kl, correct, coefficients, row_weights, gradient)

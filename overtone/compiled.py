@@ -1,4 +1,7 @@
-"""Row functions fused by torch.compile where that pays, and as they stand where it does not or cannot be had."""
+"""Row functions fused by torch.compile where that pays, and as they stand where it does not or cannot be had.
+
+For the CPU there is `overtone.native` instead: there it is twice as fast, and built in a fraction of the time.
+"""
 
 from __future__ import annotations
 
@@ -24,32 +27,17 @@ class Fused:
     Without a compiler (no C++ or Triton tool chain, or ``TORCH_COMPILE_DISABLE=1``) they run as they stand.
     """
 
-    def __init__(self, *functions: Callable[..., Any], for_few_rows: Callable[..., Any]) -> None:
-        """Wrap functions.
-
-        Args:
-            *functions: neither another number of rows, but for a single one, nor another vocabulary compiles them anew.
-            for_few_rows: of rows and their labels. It is faster where the size of the vocabulary is a constant, which
-                it is until there is a second one; another number of rows, but for a single one, compiles nothing anew.
-        """
-        self._for_few_rows = for_few_rows
-        self._compiled = {
-            for_few_rows: torch.compile(for_few_rows),
-            **{function: torch.compile(function, dynamic=True) for function in functions},
-        }
+    def __init__(self, *functions: Callable[..., Any]) -> None:
+        """Wrap functions; neither another number of rows, but for one, nor another vocabulary compiles them anew."""
+        self._compiled = {function: torch.compile(function, dynamic=True) for function in functions}
 
     def is_worthwhile(self, logits: Tensor) -> bool:
         """Whether a call with that many logits runs compiled."""
-        return bool(self._compiled) and logits.numel() >= COMPILE_FROM
+        return bool(self._compiled) and logits.device.type != "cpu" and logits.numel() >= COMPILE_FROM
 
     def rows_at_once(self, logits: Tensor) -> int:
         """How many rows ``(N, V)`` to work through in one call, without needing much memory for what is in between."""
-        if not self.is_worthwhile(logits):
-            elements = BLOCK_ELEMENTS
-        elif logits.device.type == "cpu":
-            elements = 2**22
-        else:
-            elements = 2**26
+        elements = 2**26 if self.is_worthwhile(logits) else BLOCK_ELEMENTS
         return max(1, elements // logits.shape[1])
 
     def call(self, function: Callable[..., Any], logits: Tensor, *arguments: Any) -> Any:
@@ -60,9 +48,6 @@ class Fused:
         try:
             # The compiler has functions of their own for views and for what has a graph; detached, all are alike.
             detached = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
-            if function is self._for_few_rows:
-                for value in detached[:2]:
-                    torch._dynamo.maybe_mark_dynamic(value, 0)
             return compiled(*detached)
         except torch._dynamo.exc.TorchDynamoException as error:
             # Raised while compiling, so before anything was computed.

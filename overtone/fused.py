@@ -18,10 +18,15 @@ from overtone.contract import (
     working_dtype,
 )
 from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
+from overtone.native import native_for
 from overtone.once import refuse_second_derivative
-from overtone.rows import TargetSettings, fit_rows, is_one_call, row_gradient, row_kl
+from overtone.rows import row_gradient, row_kl
+from overtone.settings import TargetSettings
 
 __all__ = ["overtone_loss"]
+
+GRADIENT_UP_TO = 2**22
+"""Logits of a call up to which the gradient is worked out with the loss, though the backward pass may want another."""
 
 
 def overtone_loss(
@@ -133,31 +138,28 @@ class _OverTone(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.gradient = settings, None
         loss: Tensor
-        if (
-            is_trained
-            and reference_logits is None
-            and reduction != "none"
-            and not torch.compiler.is_compiling()
-            and is_one_call(logits, labels, ignore_index)
-        ):
-            # Where few rows are, calls cost more than the rows, so their gradient is worked out with them.
-            fit = fit_rows(
+        # While a graph is traced, it has the loss as nodes of its own.
+        is_one_call = reference_logits is None and reduction != "none" and not torch.compiler.is_compiling()
+        native = native_for(logits) if is_one_call else None
+        if native is not None:
+            fit = native.fit(
                 logits,
                 labels,
                 settings,
                 epsilon=epsilon,
                 hold_correct=hold_correct,
-                row_weight=1 / len(labels) if reduction == "mean" else 1.0,
+                ignore_index=ignore_index,
+                is_mean=reduction == "mean",
+                with_gradient=is_trained and logits.numel() <= GRADIENT_UP_TO,
             )
-            loss, kl, correct, coefficients, row_weight, ctx.gradient = fit
+            loss, kl, coefficients, row_weight, ctx.gradient = fit
         else:
             token_kl = _token_kl_operator if torch.compiler.is_compiling() else _token_kl
             kl, coefficients = token_kl(logits, labels, reference_logits, *settings, ignore_index)
             counted = labels != ignore_index
-            correct = coefficients[4] != 0
             settled = counted & (kl < epsilon)
             if hold_correct:
-                settled = settled & correct
+                settled = settled & (coefficients[4] != 0)
             row_weight = (counted ^ settled).to(kl.dtype)
             loss = reduce_tokens(kl.masked_fill(settled, epsilon), counted, reduction)
             if reduction == "mean":
@@ -165,6 +167,7 @@ class _OverTone(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, reference_logits, coefficients, row_weight)
         if not can_be_held:
             return loss
+        correct = coefficients[4] != 0
         ctx.mark_non_differentiable(kl, correct)
         return loss, kl, correct
 

@@ -18,7 +18,8 @@ from overtone.contract import (
 )
 from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
 from overtone.once import refuse_second_derivative
-from overtone.rows import TargetSettings, row_gradient, row_kl, slice_gradient
+from overtone.rows import row_gradient, row_kl, slice_gradient
+from overtone.settings import TargetSettings
 
 __all__ = ["linear_overtone_loss"]
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from array import array
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from overtone.closed_form import (
-    Fit,
     SettingTensors,
     become_gradient_of_others,
-    fit_of_rows,
     gradient_of_labels,
     kl_of_rows,
     write_gradient_of_others,
@@ -23,30 +19,12 @@ from overtone.closed_form import (
 from overtone.compiled import Fused
 from overtone.contract import check_labels, working_dtype
 from overtone.functional import build_target, clipped_kl, ground_truth_check
+from overtone.native import native_for
+from overtone.settings import TargetSettings
 
 Rows: TypeAlias = slice | Tensor
 
-FEW_ROWS = 1024
-"""Up to as many, calls cost more than what is done in them."""
-
-_fused = Fused(kl_of_rows, write_gradient_of_others, become_gradient_of_others, for_few_rows=fit_of_rows)
-
-
-class TargetSettings(NamedTuple):
-    """What decides the target of a token; as in `overtone.overtone_loss`."""
-
-    n_sigma: float | None
-    lam: float
-    check: bool
-
-    def numbers(self) -> tuple[float, float, float]:
-        """As `SettingTensors` has them."""
-        return math.inf if self.n_sigma is None else self.n_sigma, self.lam, float(self.check)
-
-    def tensors(self, logits: Tensor) -> SettingTensors:
-        """On the device of the logits, filled there: a copy from the host might wait for it."""
-        dtype, device = working_dtype(logits), logits.device
-        return SettingTensors(*[torch.full((), value, dtype=dtype, device=device) for value in self.numbers()])
+_fused = Fused(kl_of_rows, write_gradient_of_others, become_gradient_of_others)
 
 
 def row_kl(
@@ -68,12 +46,15 @@ def row_kl(
     Raises:
         ValueError: for a label out of range, on the CPU; elsewhere that would cost a synchronisation.
     """
+    native = native_for(logits) if reference_logits is None else None
+    if native is not None:
+        return native.kl(logits, labels, settings, ignore_index)
     counted = labels != ignore_index
     if logits.device.type == "cpu":
         check_labels(labels, logits.shape[1], ignore_index)
     else:
         labels = labels.where(counted, 0)
-    tensors = settings.tensors(logits)
+    tensors = _setting_tensors(settings, logits)
     kl = logits.new_zeros(len(logits), dtype=tensors.lam.dtype)
     coefficients = kl.new_zeros(5, len(logits))
     with _without_autocast(logits):
@@ -86,44 +67,6 @@ def row_kl(
                 kl[rows] = clipped_kl(target, block.to(kl.dtype), epsilon=0)
                 coefficients[4, rows] = ground_truth_check(block, block_labels).to(kl.dtype)
     return kl.where(counted, 0), coefficients
-
-
-def is_one_call(logits: Tensor, labels: Tensor, ignore_index: int) -> bool:
-    """Whether `fit_rows` can be called: on a few compiled rows of the CPU that all count, as an edit has them.
-
-    Elsewhere than on the CPU it would cost a synchronisation to know.
-    """
-    if not logits.is_cpu or not 0 < len(logits) <= FEW_ROWS or not _fused.is_worthwhile(logits):
-        return False
-    if len(logits) > _fused.rows_at_once(logits):
-        return False
-    values = labels.tolist()  # sooner looked at one by one than by tensor operations
-    return min(values) >= 0 and max(values) < logits.shape[1] and ignore_index not in values
-
-
-def fit_rows(
-    logits: Tensor,
-    labels: Tensor,
-    settings: TargetSettings,
-    *,
-    epsilon: float,
-    hold_correct: bool,
-    row_weight: float,
-) -> Fit:
-    """Everything about the rows ``(N, V)``, their gradient included, at once, where `is_one_call`.
-
-    Args:
-        logits, labels, settings: as in `row_kl`.
-        epsilon, hold_correct: as in `overtone.overtone_loss`.
-        row_weight: what the reduction multiplies each row's loss by.
-    """
-    dtype = working_dtype(logits)
-    values = array("d" if dtype == torch.float64 else "f", [*settings.numbers(), epsilon, hold_correct, row_weight])
-    tensor = torch.frombuffer(values, dtype=dtype)  # half the time of torch.tensor
-    with _without_autocast(logits):
-        # Another stride would compile anew.
-        fit: Fit = _fused.call(fit_of_rows, logits, logits, labels.contiguous(), tensor)
-    return fit
 
 
 def row_gradient(
@@ -140,6 +83,10 @@ def row_gradient(
 
     Rows whose grad_kl is 0, ignored or settled, get exact zeros; on the CPU they cost little more than these.
     """
+    native = native_for(logits) if reference_logits is None else None
+    if native is not None:
+        native.write_gradient(grad_kl, logits, labels, coefficients, out=out)
+        return
     needed = grad_kl != 0
     labels = labels.where(needed, 0)
     # Picking rows is a copy, which pays only where many are left out.
@@ -172,6 +119,9 @@ def slice_gradient(grad_kl: Tensor, logits: Tensor, labels: Tensor, coefficients
         labels: ``(N,)``, counted from the beginning of the slice, in which they need not lie.
         coefficients: ``(5, N)``, from `row_kl` of the whole rows.
     """
+    if (native := native_for(logits)) is not None:
+        native.write_gradient(grad_kl, logits, labels, coefficients, out=logits)
+        return
     values = gradient_of_labels(coefficients, grad_kl)
     size = _fused.rows_at_once(logits)
     with _without_autocast(logits):
@@ -198,6 +148,12 @@ def _set_labels(rows: Tensor, labels: Tensor, values: Tensor) -> None:
     """Put a value ``(B,)`` at the label ``(B,)`` of each row ``(B, V)``."""
     # Not a scatter, which in half precision goes over all of the rows.
     rows[torch.arange(len(rows), device=rows.device), labels] = values.to(rows.dtype)
+
+
+def _setting_tensors(settings: TargetSettings, logits: Tensor) -> SettingTensors:
+    """On the device of the logits, filled there: a copy from the host might wait for it."""
+    dtype, device = working_dtype(logits), logits.device
+    return SettingTensors(*[torch.full((), value, dtype=dtype, device=device) for value in settings.numbers()])
 
 
 def _without_autocast(logits: Tensor) -> AbstractContextManager[object]:

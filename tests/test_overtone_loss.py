@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from overtone import compiled, overtone_loss, rows
 from overtone.functional import finite_std, reference_loss
+from overtone.settings import TargetSettings
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,17 +74,20 @@ def margin_to_a_decision(logits, labels, arguments):
     return min(margins)
 
 
+def assert_equal_to_the_reference(logits, labels, arguments):
+    assume(margin_to_a_decision(logits, labels, arguments) > 1e-9)
+    expected, expected_gradient = value_and_gradient(reference_loss, logits, labels, **arguments)
+    value, gradient = value_and_gradient(overtone_loss, logits, labels, **arguments)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-12)
+
+
 class TestAgainstTheReference:
     @settings(max_examples=400, deadline=None)
     @given(problems())
     def test_equal_to_1e_12(self, problem):
         """Value and gradient equal the literal transcription's wherever rounding does not decide a branch."""
-        logits, labels, arguments = problem
-        assume(margin_to_a_decision(logits, labels, arguments) > 1e-9)
-        expected, expected_gradient = value_and_gradient(reference_loss, logits, labels, **arguments)
-        value, gradient = value_and_gradient(overtone_loss, logits, labels, **arguments)
-        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-12)
+        assert_equal_to_the_reference(*problem)
 
     @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 2), (7, 507), (40, 20011), (3, 600_000)])
     def test_blocks(self, rows, vocabulary):
@@ -458,7 +462,7 @@ class TestMemory:
         logits, labels = draw_tokens(100, 1000, dtype=dtype)
         if ignored:
             labels[::3] = -100
-        settings = rows.TargetSettings(n_sigma=0.5, lam=0.1, check=True)
+        settings = TargetSettings(n_sigma=0.5, lam=0.1, check=True)
         gradient = torch.empty_like(logits)
         with LargestResult() as largest:
             kl, coefficients = rows.row_kl(logits, labels, None, settings, -100)

@@ -1,0 +1,185 @@
+"""The closed form in C++ (closed_form.cpp), which PyTorch's own tooling builds at the first call that is worth it."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from overtone.contract import check_labels, working_dtype
+from overtone.settings import TargetSettings
+
+logger = logging.getLogger(__name__)
+
+BUILD_FROM = 2**14
+"""Logits of a call from which on it is worth the seconds that the first such call on a machine builds for."""
+
+_STORAGES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class Fit(NamedTuple):
+    """What one call says of its rows, their gradient included.
+
+    Attributes:
+        loss: ``()``, the clipped KLs, reduced.
+        kl, coefficients: as from `Native.kl`.
+        row_weights: ``(N,)``, what the gradient of each row's KL is multiplied by: 0 where settled or ignored.
+        gradient: ``(N, V)``, of the loss by the logits, in their precision; None where it is not wanted.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    coefficients: Tensor
+    row_weights: Tensor
+    gradient: Tensor | None
+
+
+def native_for(logits: Tensor) -> Native | None:
+    """The library's functions for these logits ``(N, V)``: None where they are few, on another device or not plain."""
+    if (
+        logits.numel() < BUILD_FROM
+        or not logits.is_cpu
+        # A subclass may have no memory of its own.
+        or type(logits) not in (Tensor, nn.Parameter)
+        or logits.dtype not in _STORAGES
+        or logits.stride(1) != 1
+        or logits.is_neg()
+    ):
+        return None
+    return _load()
+
+
+@cache
+def _load() -> Native | None:
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return None
+    try:
+        from torch._inductor.codecache import CppCodeCache
+
+        source = files("overtone").joinpath("closed_form.cpp").read_text(encoding="utf-8")
+        were_flushed = _are_denormals_flushed()
+        library = CppCodeCache.load(source)
+        if _are_denormals_flushed() and not were_flushed:
+            torch.set_flush_denormal(False)  # what torch 2.4 builds switches it on for whoever loads it
+        return Native(library)
+    except Exception as error:  # whatever a compiler raises, or an interface that other versions of torch do not have
+        logger.warning("the C++ code could not be built, so the loss runs without it, slower: %s", error)
+        return None
+
+
+def _are_denormals_flushed() -> bool:
+    return sys.float_info.min / 2 == 0
+
+
+class Native:
+    """The functions of the library; each works through all rows of its logits ``(N, V)`` in one call."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        problem, settings, tensor = ctypes.POINTER(_Problem), ctypes.POINTER(_Settings), ctypes.c_void_p
+        self._kl, self._fit, self._gradient = library.overtone_kl, library.overtone_fit, library.overtone_gradient
+        self._kl.argtypes = [problem, settings, tensor]
+        self._fit.argtypes = [problem, settings, ctypes.POINTER(_Reduction), *[tensor] * 4]
+        self._gradient.argtypes = [problem, tensor, tensor, ctypes.c_int64]
+        self._gradient.restype = None
+
+    def kl(self, logits: Tensor, labels: Tensor, settings: TargetSettings, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """KL ``(N,)`` and coefficients ``(5, N)`` as of `overtone.closed_form.kl_of_rows`; zeros where ignored.
+
+        Raises:
+            ValueError: for a label ``(N,)`` out of range.
+        """
+        kl = logits.new_empty(len(logits), dtype=working_dtype(logits))
+        coefficients = kl.new_empty(5, len(logits))
+        labels = labels.contiguous()
+        problem = _problem(logits, labels, coefficients, ignore_index)
+        if not self._kl(problem, _Settings(*settings.numbers()), kl.data_ptr()):
+            check_labels(labels, logits.shape[1], ignore_index)
+        return kl, coefficients
+
+    def fit(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        settings: TargetSettings,
+        *,
+        epsilon: float,
+        hold_correct: bool,
+        ignore_index: int,
+        is_mean: bool,
+        with_gradient: bool,
+    ) -> Fit:
+        """Everything about the rows at once, the gradient while their logits are in the cache.
+
+        Raises:
+            ValueError: for a label ``(N,)`` out of range.
+        """
+        sums = logits.new_empty((7, len(logits)), dtype=working_dtype(logits))
+        coefficients, kl, row_weights = sums[:5], sums[5], sums[6]
+        loss, gradient = sums.new_empty(()), logits.new_empty(logits.shape) if with_gradient else None
+        labels = labels.contiguous()
+        problem = _problem(logits, labels, coefficients, ignore_index)
+        reduction = _Reduction(epsilon, hold_correct, is_mean)
+        outputs = (None if tensor is None else tensor.data_ptr() for tensor in (loss, kl, row_weights, gradient))
+        if not self._fit(problem, _Settings(*settings.numbers()), reduction, *outputs):
+            check_labels(labels, logits.shape[1], ignore_index)
+        return Fit(loss, kl, coefficients, row_weights, gradient)
+
+    def write_gradient(
+        self, grad_kl: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor, *, out: Tensor
+    ) -> None:
+        """Write ``grad_kl * dKL/dlogits`` into out ``(N, V)``, which may be the logits themselves.
+
+        Args:
+            grad_kl: ``(N,)``; rows of which it is 0 get exact zeros, and cost little else.
+            logits: as of `kl`, or a slice of their vocabulary.
+            labels: ``(N,)``; one that is not in the slice is no part of its row.
+            coefficients: of `kl`.
+            out: the entries of each row one after the other.
+        """
+        labels, grad_kl = labels.contiguous(), grad_kl.contiguous()
+        problem = _problem(logits, labels, coefficients, ignore_index=0)
+        self._gradient(problem, grad_kl.data_ptr(), out.data_ptr(), out.stride(0))
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        ("storage", ctypes.c_int64),
+        ("logits", ctypes.c_void_p),
+        ("labels", ctypes.c_void_p),
+        ("coefficients", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("vocabulary", ctypes.c_int64),
+        ("logits_stride", ctypes.c_int64),
+        ("coefficients_stride", ctypes.c_int64),
+        ("ignore_index", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+class _Settings(ctypes.Structure):
+    _fields_ = (("n_sigma", ctypes.c_double), ("lam", ctypes.c_double), ("check", ctypes.c_int64))
+
+
+class _Reduction(ctypes.Structure):
+    _fields_ = (("epsilon", ctypes.c_double), ("hold_correct", ctypes.c_int64), ("is_mean", ctypes.c_int64))
+
+
+def _problem(logits: Tensor, labels: Tensor, coefficients: Tensor, ignore_index: int) -> _Problem:
+    return _Problem(
+        _STORAGES[logits.dtype],
+        logits.data_ptr(),
+        labels.data_ptr(),
+        coefficients.data_ptr(),
+        *logits.shape,
+        logits.stride(0),
+        coefficients.stride(0),
+        ignore_index,
+        torch.get_num_threads(),
+    )
