@@ -167,7 +167,6 @@ Row<Real> sums_of_row(const Storage* logits, int64_t vocabulary, int64_t label_i
 
   const V mean(static_cast<Real>(sum / count)), tops_of_row(top);
   double squares = 0, below = 0, on_top = 0;
-  Real highest_below = -INFINITE<Real>;
   for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
     P chunk_squares = P::of(0), chunk_below = P::of(0);
     if (is_plain[chunk] && tops[chunk] < top) {
@@ -178,9 +177,8 @@ Row<Real> sums_of_row(const Storage* logits, int64_t vocabulary, int64_t label_i
           chunk_below.parts[i] = chunk_below.parts[i] + exp_of(scores.parts[i] - tops_of_row);
         }
       });
-      highest_below = tops[chunk] > highest_below ? tops[chunk] : highest_below;
     } else {
-      P chunk_on_top = P::of(0), chunk_highest = P::of(-INFINITE<Real>);
+      P chunk_on_top = P::of(0);
       visit_pairs(logits, chunks.begin(chunk), chunks.end(chunk), [&](const P& scores, int64_t) {
         for (int i = 0; i < 2; i++) {
           const V& score = scores.parts[i];
@@ -189,12 +187,9 @@ Row<Real> sums_of_row(const Storage* logits, int64_t vocabulary, int64_t label_i
           const V weight = V::blendv(zero, exp_of(score - tops_of_row), is_below);
           chunk_below.parts[i] = chunk_below.parts[i] + weight;
           chunk_on_top.parts[i] = chunk_on_top.parts[i] + V::blendv(one, zero, is_below);
-          chunk_highest.parts[i] = at::vec::maximum(chunk_highest.parts[i], V::blendv(missing, score, is_below));
         }
       });
       on_top += chunk_on_top.sum();
-      const Real highest = chunk_highest.highest();
-      highest_below = highest > highest_below ? highest : highest_below;
     }
     squares += chunk_squares.sum();
     below += chunk_below.sum();
@@ -239,10 +234,10 @@ Row<Real> sums_of_row(const Storage* logits, int64_t vocabulary, int64_t label_i
   const double kept_share = kept / total, dropped_share = (below - kept_below) / total;
   const double label_filtered = kept_label_weight / kept;
   const double label_target = lam + (1 - lam) * label_filtered;
-  const double rival = (others_on_top > 0 ? 1 : std::exp(static_cast<double>(highest_below) - top)) / kept;
 
   double kl = -label_log_prob, kept_factor = 1, label_gradient = -rest / total;
-  if (!settings.check || label_target > (1 - lam) * rival) {
+  // A label that is alone on top stays there whatever is mixed in.
+  if (!settings.check || others_on_top == 0 || label_target > (1 - lam) / kept) {
     const double own = label_target == 0 ? 0 : label_target * (std::log(label_target) - label_log_prob);
     const double others = lam == 1 ? 0 : (1 - lam) * (kept_rest / kept) * (std::log1p(-lam) - std::log(kept_share));
     kl = own + others;

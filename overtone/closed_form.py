@@ -62,7 +62,6 @@ def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tupl
     below_weights = torch.where(is_below, weights, 0)
     below = below_weights.sum(dim=1)
     kept_below = torch.where(scores > threshold.unsqueeze(1), below_weights, 0).sum(dim=1)
-    highest_below = below_weights.amax(dim=1)
     # A count, since the weight of each is 1; top - top is 0, but NaN where the top is infinite.
     on_top = (~is_below).sum(dim=1, dtype=torch.int32) + (top - top)
 
@@ -91,8 +90,8 @@ def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tupl
         -lam * (rest / total) - (1 - lam) * label_filtered * dropped_share,
         label_weight / total - lam,
     )
-    rival = torch.where(others_on_top > 0, 1, highest_below) / kept
-    is_mixed = (label_target > (1 - lam) * rival) | (check == 0)
+    # A label that is alone on top stays there whatever is mixed in.
+    is_mixed = (label_target > (1 - lam) / kept) | (others_on_top == 0) | (check == 0)
     kl = torch.where(is_mixed, mixture_kl, -label_log_prob)
     kept_factor = torch.where(is_mixed, (lam - dropped_share) / kept_share, 1)
     label_gradient = torch.where(is_mixed, mixture_gradient, -rest / total)

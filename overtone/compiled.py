@@ -1,7 +1,4 @@
-"""Row functions fused by torch.compile where that pays, and as they stand where it does not or cannot be had.
-
-For the CPU there is `overtone.native` instead: there it is twice as fast, and built in a fraction of the time.
-"""
+"""Row functions fused by torch.compile where that pays, and as they stand where it does not or cannot be had."""
 
 from __future__ import annotations
 
@@ -24,7 +21,8 @@ BLOCK_ELEMENTS = 2**19
 class Fused:
     """Functions over the rows of a tensor that torch.compile turns into one pass each, at the first large call.
 
-    Without a compiler (no C++ or Triton tool chain, or ``TORCH_COMPILE_DISABLE=1``) they run as they stand.
+    On the CPU, for which there is `overtone.native`, and without a compiler (no Triton, or ``TORCH_COMPILE_DISABLE=1``)
+    they run as they stand.
     """
 
     def __init__(self, *functions: Callable[..., Any]) -> None:

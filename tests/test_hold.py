@@ -271,6 +271,11 @@ class TestHoldCorrect:
         unclipped = loss(logits.detach(), torch.tensor([0, 0, 0]), **{**settings, "epsilon": 0.0})
         torch.testing.assert_close(values.detach(), torch.stack([unclipped[0], torch.tensor(5.0), unclipped[2]]))
         assert logits.grad.any(dim=1).tolist() == [True, False, True]
+        leaf = logits.detach().clone().requires_grad_()
+        total = loss(leaf, torch.tensor([0, 0, 0]), hold_correct=True, epsilon=5.0, reduction="sum")
+        total.backward()
+        torch.testing.assert_close(total.detach(), values.detach().sum())
+        torch.testing.assert_close(leaf.grad, logits.grad)
 
     def test_must_be_a_bool(self):
         with pytest.raises(TypeError, match="hold_correct must be True or False, got 1"):

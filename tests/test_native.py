@@ -9,6 +9,7 @@ import test_overtone_loss
 import torch
 from gradients import value_and_gradient
 from hypothesis import given, settings
+from test_hold import TestDecision, TestHoldCorrect  # noqa: F401 - tests that are run here again
 from test_overtone_loss import (  # noqa: F401 - tests that are run here again
     FLOATS,
     TestBadInput,

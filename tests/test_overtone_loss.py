@@ -196,12 +196,12 @@ class TestPrecision:
         gradient = value_and_gradient(overtone_loss, logits, labels, **arguments)[1][:, 0].double()
         assert ((gradient - exact).abs() <= 0.01 * exact.abs()).all()
 
-    def test_confident_tokens_keep_their_value(self):
+    @pytest.mark.parametrize(("dtype", "lead"), [(torch.float32, 20.0), (torch.float64, 40.0)])
+    def test_confident_tokens_keep_their_value(self, dtype, lead):
         """With lam 1 the loss of p_y near 1 is -log p_y to 1e-6 of itself, not a rounding of 1."""
-        logits = torch.tensor([[20.0, 0.0, 0.0]])
+        logits = torch.tensor([[lead, 0.0, 0.0]], dtype=dtype)
         value = overtone_loss(logits, torch.tensor([0]), epsilon=0.0, lam=1.0)
-        exact = F.cross_entropy(logits.double(), torch.tensor([0]))
-        torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=0)
+        assert value.item() == pytest.approx(math.log1p(2 * math.exp(-lead)), rel=1e-6, abs=0)
 
     def test_never_below_zero(self):
         """A KL whose terms cancel is rounded to 0 at the lowest."""
@@ -227,6 +227,16 @@ class TestPrecision:
 
 
 class TestEdges:
+    def test_a_logit_on_the_border_is_dropped(self):
+        """At the top less n_sigma standard deviations, here 1 - 1 * 1 exactly, it is noise, as in Algorithm 1."""
+        logits, labels = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0])
+        arguments = {"n_sigma": 1.0, "epsilon": 0.0}
+        value, gradient = value_and_gradient(overtone_loss, logits, labels, **arguments)
+        expected, expected_gradient = value_and_gradient(reference_loss, logits, labels, **arguments)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradient, expected_gradient)
+        assert gradient[0, 1] == pytest.approx(logits[0].softmax(dim=0)[1].item())
+
     def test_minus_infinity_has_no_part(self):
         """Padding the vocabulary with banned tokens changes neither the loss nor the other gradients."""
         logits, labels = draw_tokens(30, 20)
