@@ -192,10 +192,11 @@ def _chunked(
     # mean is divided afterwards, that product could overflow; and a reference's target needs whole rows.
     by_slices = is_split and hidden.dtype == torch.bfloat16 and problem.reference is None
     sums_dtype = dtype if is_split and not by_slices else hidden.dtype
+    made = torch.empty_like if by_slices else torch.zeros_like
     gradients = _Gradients(
         torch.empty_like(hidden) if wanted[0] else None,
-        torch.zeros_like(weight, dtype=sums_dtype) if wanted[1] else None,
-        torch.zeros_like(weight[:, 0], dtype=sums_dtype) if wanted[2] else None,
+        made(weight, dtype=sums_dtype) if wanted[1] else None,
+        made(weight[:, 0], dtype=sums_dtype) if wanted[2] else None,
     )
     row_weights = row_weights.expand(rows)
     grad_kl = torch.zeros_like(kl)
@@ -218,8 +219,7 @@ def _chunked(
         if not by_slices:
             _add_gradients(gradients, logits, hidden[chunk])
     if by_slices and (wanted[1] or wanted[2]):
-        del buffer, logits
-        _write_gradients_by_slices(gradients, hidden, weight, bias, problem, coefficients, grad_kl)
+        _write_gradients_by_slices(gradients, hidden, weight, bias, problem, coefficients, grad_kl, buffer.view(-1))
     return kl, gradients
 
 
@@ -252,6 +252,7 @@ def _write_gradients_by_slices(
     problem: _Problem,
     coefficients: Tensor,
     grad_kl: Tensor,
+    buffer: Tensor,
 ) -> None:
     """Write the gradients of weight and bias, a slice of the vocabulary at a time; the logits are worked out again.
 
@@ -260,23 +261,24 @@ def _write_gradients_by_slices(
         hidden, weight, bias, problem: as in `_chunked`.
         coefficients: ``(5, M)``, of `row_kl`.
         grad_kl: ``(M,)``.
+        buffer: ``(chunk_size * V,)``, for the logits of a slice.
     """
     needed = grad_kl.nonzero().squeeze(1)
     labels = problem.labels
     if len(needed) < len(grad_kl):
         hidden, labels, coefficients, grad_kl = hidden[needed], labels[needed], coefficients[:, needed], grad_kl[needed]
-    logits_at_once = problem.chunk_size * len(weight)
-    width = CHUNK_MULTIPLE * max(1, logits_at_once // max(1, len(hidden)) // CHUNK_MULTIPLE)
+    width = CHUNK_MULTIPLE * max(1, len(buffer) // max(1, len(hidden)) // CHUNK_MULTIPLE)
+    if len(buffer) < len(hidden) * min(width, len(weight)):
+        buffer = hidden.new_empty(len(hidden) * min(width, len(weight)))
     for start in range(0, len(weight), width):
         tokens = slice(start, min(start + width, len(weight)))
-        logits = hidden.new_empty(len(hidden), tokens.stop - start)
+        logits = buffer[: len(hidden) * (tokens.stop - start)].view(len(hidden), tokens.stop - start)
         _write_logits(hidden, weight[tokens], None if bias is None else bias[tokens], out=logits)
         slice_gradient(grad_kl, logits, labels - start, coefficients)
         if gradients.weight is not None:
             torch.mm(logits.t(), hidden, out=gradients.weight[tokens])
         if gradients.bias is not None:
             gradients.bias[tokens] = logits.sum(dim=0, dtype=grad_kl.dtype).to(hidden.dtype)
-        del logits  # before the next slice's are made
 
 
 class _LinearKl(torch.autograd.Function):
