@@ -338,17 +338,18 @@ void write_gradient(const Problem& problem, const Real* grad_kl, Storage* out, i
 }
 
 struct Reduction {
-  double epsilon;
+  double epsilon, row_weight;  // of a mean the weight comes from the rows that count
   int64_t hold_correct, is_mean;
 };
 
-// Everything about the rows at once, and the gradient, unless it is null, while their logits are in the cache.
+// Everything about the rows at once, and the gradient, unless it is null, while their logits are in the cache, in whose
+// place it may be.
 template <typename Storage, typename Real = WorkingType<Storage>>
 void fit(const Problem& problem, const Settings& settings, const Reduction& reduction, Real* loss, Real* kl,
-         Real* row_weights, Storage* gradient) {
+         Real* row_weights, Storage* gradient, int64_t gradient_stride) {
   int64_t counted = 0;
   for (int64_t index = 0; index < problem.rows; index++) counted += problem.labels[index] != problem.ignore_index;
-  const double row_weight = reduction.is_mean && counted ? 1. / counted : 1;
+  const double row_weight = reduction.is_mean ? 1. / (counted ? counted : 1) : reduction.row_weight;
 #pragma omp parallel for num_threads(problem.threads) if (problem.threads > 1)
   for (int64_t index = 0; index < problem.rows; index++) {
     const Storage* logits = problem.row<Storage>(index);
@@ -364,7 +365,7 @@ void fit(const Problem& problem, const Settings& settings, const Reduction& redu
     row_weights[index] = static_cast<Real>(is_let_go ? 0 : row_weight);
     if (gradient)
       write_gradient_of_row(row.coefficients, row_weights[index], logits, problem.vocabulary, label,
-                            gradient + index * problem.vocabulary);
+                            gradient + index * gradient_stride);
   }
   double sum = 0;
   for (int64_t index = 0; index < problem.rows; index++)
@@ -402,11 +403,11 @@ int overtone_kl(const Problem* problem, const Settings* settings, void* kl) {
 }
 
 int overtone_fit(const Problem* problem, const Settings* settings, const Reduction* reduction, void* loss, void* kl,
-                 void* row_weights, void* gradient) {
+                 void* row_weights, void* gradient, int64_t gradient_stride) {
   if (!problem->are_labels_in_range()) return 0;
   with_types(problem->storage, [&](auto storage, auto real) {
     fit(*problem, *settings, *reduction, cast_like(real, loss), cast_like(real, kl), cast_like(real, row_weights),
-        cast_like(storage, gradient));
+        cast_like(storage, gradient), gradient_stride);
   });
   return 1;
 }

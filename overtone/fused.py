@@ -142,6 +142,8 @@ class _OverTone(torch.autograd.Function):
         is_one_call = reference_logits is None and reduction != "none" and not torch.compiler.is_compiling()
         native = native_for(logits) if is_one_call else None
         if native is not None:
+            if is_trained and logits.numel() <= GRADIENT_UP_TO:
+                ctx.gradient = logits.new_empty(logits.shape)
             fit = native.fit(
                 logits,
                 labels,
@@ -149,10 +151,10 @@ class _OverTone(torch.autograd.Function):
                 epsilon=epsilon,
                 hold_correct=hold_correct,
                 ignore_index=ignore_index,
-                is_mean=reduction == "mean",
-                with_gradient=is_trained and logits.numel() <= GRADIENT_UP_TO,
+                row_weight=None if reduction == "mean" else 1.0,
+                gradient=ctx.gradient,
             )
-            loss, kl, coefficients, row_weight, ctx.gradient = fit
+            loss, kl, coefficients, row_weight = fit
         else:
             token_kl = _token_kl_operator if torch.compiler.is_compiling() else _token_kl
             kl, coefficients = token_kl(logits, labels, reference_logits, *settings, ignore_index)

@@ -18,7 +18,7 @@ from overtone.contract import (
 )
 from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
 from overtone.once import refuse_second_derivative
-from overtone.rows import row_gradient, row_kl, slice_gradient
+from overtone.rows import row_fit, slice_gradient
 from overtone.settings import TargetSettings
 
 __all__ = ["linear_overtone_loss"]
@@ -157,10 +157,10 @@ class _Problem(NamedTuple):
     hold_correct: bool
     correct: Tensor
 
-    def settled(self, kl: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Whether each of these rows is let go, given its KL."""
+    def settled(self, kl: Tensor) -> Tensor:
+        """Whether each row is let go, given its KL."""
         settled = kl < self.epsilon
-        return settled & self.correct[rows] if self.hold_correct else settled
+        return settled & self.correct if self.hold_correct else settled
 
 
 class _Gradients(NamedTuple):
@@ -198,7 +198,6 @@ def _chunked(
         made(weight, dtype=sums_dtype) if wanted[1] else None,
         made(weight[:, 0], dtype=sums_dtype) if wanted[2] else None,
     )
-    row_weights = row_weights.expand(rows)
     grad_kl = torch.zeros_like(kl)
     coefficients = kl.new_empty(5, rows)
     buffer = hidden.new_empty(min(problem.chunk_size, rows), vocabulary)
@@ -208,12 +207,20 @@ def _chunked(
         _write_logits(hidden[chunk], weight, bias, out=logits)
         labels = problem.labels[chunk]
         reference = None if problem.reference is None else problem.reference[chunk]
-        kl[chunk], coefficients[:, chunk] = row_kl(logits, labels, reference, problem.settings, ignore_index=-1)
+        is_wanted_now = wanted[0] or (any(wanted) and not by_slices)
+        kl[chunk], coefficients[:, chunk], grad_kl[chunk] = row_fit(
+            logits,
+            labels,
+            reference,
+            problem.settings,
+            row_weights[chunk] if row_weights.dim() else row_weights,
+            epsilon=problem.epsilon,
+            hold_correct=problem.hold_correct,
+            overwrite=is_wanted_now,
+        )
         problem.correct[chunk] = coefficients[4, chunk] != 0
-        grad_kl[chunk] = torch.where(problem.settled(kl[chunk], chunk), 0, row_weights[chunk])
-        if not wanted[0] and (by_slices or not any(wanted)):
+        if not is_wanted_now:
             continue
-        row_gradient(grad_kl[chunk], logits, labels, reference, coefficients[:, chunk], problem.settings, out=logits)
         if gradients.hidden is not None:
             torch.mm(logits, weight, out=gradients.hidden[chunk])
         if not by_slices:

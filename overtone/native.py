@@ -25,20 +25,18 @@ _STORAGES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float1
 
 
 class Fit(NamedTuple):
-    """What one call says of its rows, their gradient included.
+    """What one call says of its rows.
 
     Attributes:
         loss: ``()``, the clipped KLs, reduced.
         kl, coefficients: as from `Native.kl`.
         row_weights: ``(N,)``, what the gradient of each row's KL is multiplied by: 0 where settled or ignored.
-        gradient: ``(N, V)``, of the loss by the logits, in their precision; None where it is not wanted.
     """
 
     loss: Tensor
     kl: Tensor
     coefficients: Tensor
     row_weights: Tensor
-    gradient: Tensor | None
 
 
 def native_for(logits: Tensor) -> Native | None:
@@ -85,7 +83,7 @@ class Native:
         problem, settings, tensor = ctypes.POINTER(_Problem), ctypes.POINTER(_Settings), ctypes.c_void_p
         self._kl, self._fit, self._gradient = library.overtone_kl, library.overtone_fit, library.overtone_gradient
         self._kl.argtypes = [problem, settings, tensor]
-        self._fit.argtypes = [problem, settings, ctypes.POINTER(_Reduction), *[tensor] * 4]
+        self._fit.argtypes = [problem, settings, ctypes.POINTER(_Reduction), *[tensor] * 4, ctypes.c_int64]
         self._gradient.argtypes = [problem, tensor, tensor, ctypes.c_int64]
         self._gradient.restype = None
 
@@ -112,24 +110,32 @@ class Native:
         epsilon: float,
         hold_correct: bool,
         ignore_index: int,
-        is_mean: bool,
-        with_gradient: bool,
+        row_weight: float | None,
+        gradient: Tensor | None,
     ) -> Fit:
         """Everything about the rows at once, the gradient while their logits are in the cache.
+
+        Args:
+            logits, labels, settings, ignore_index: as of `kl`.
+            epsilon, hold_correct: as in `overtone.overtone_loss`.
+            row_weight: what the reduction multiplies each row's loss by; None for the mean of those that count.
+            gradient: ``(N, V)``, to write that of the loss by the logits to: the entries of each row one after the
+                other, and in the place of the logits if need be. None where it is not wanted.
 
         Raises:
             ValueError: for a label ``(N,)`` out of range.
         """
         sums = logits.new_empty((7, len(logits)), dtype=working_dtype(logits))
         coefficients, kl, row_weights = sums[:5], sums[5], sums[6]
-        loss, gradient = sums.new_empty(()), logits.new_empty(logits.shape) if with_gradient else None
+        loss = sums.new_empty(())
         labels = labels.contiguous()
         problem = _problem(logits, labels, coefficients, ignore_index)
-        reduction = _Reduction(epsilon, hold_correct, is_mean)
-        outputs = (None if tensor is None else tensor.data_ptr() for tensor in (loss, kl, row_weights, gradient))
-        if not self._fit(problem, _Settings(*settings.numbers()), reduction, *outputs):
+        reduction = _Reduction(epsilon, row_weight or 0, hold_correct, row_weight is None)
+        outputs = (tensor.data_ptr() for tensor in (loss, kl, row_weights))
+        where = (None, 0) if gradient is None else (gradient.data_ptr(), gradient.stride(0))
+        if not self._fit(problem, _Settings(*settings.numbers()), reduction, *outputs, *where):
             check_labels(labels, logits.shape[1], ignore_index)
-        return Fit(loss, kl, coefficients, row_weights, gradient)
+        return Fit(loss, kl, coefficients, row_weights)
 
     def write_gradient(
         self, grad_kl: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor, *, out: Tensor
@@ -168,7 +174,12 @@ class _Settings(ctypes.Structure):
 
 
 class _Reduction(ctypes.Structure):
-    _fields_ = (("epsilon", ctypes.c_double), ("hold_correct", ctypes.c_int64), ("is_mean", ctypes.c_int64))
+    _fields_ = (
+        ("epsilon", ctypes.c_double),
+        ("row_weight", ctypes.c_double),
+        ("hold_correct", ctypes.c_int64),
+        ("is_mean", ctypes.c_int64),
+    )
 
 
 def _problem(logits: Tensor, labels: Tensor, coefficients: Tensor, ignore_index: int) -> _Problem:

@@ -69,6 +69,51 @@ def row_kl(
     return kl.where(counted, 0), coefficients
 
 
+def row_fit(
+    logits: Tensor,
+    labels: Tensor,
+    reference_logits: Tensor | None,
+    settings: TargetSettings,
+    row_weights: Tensor,
+    *,
+    epsilon: float,
+    hold_correct: bool,
+    overwrite: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KL of each row, none of which is ignored, and its gradient, on request in the place of the logits.
+
+    Args:
+        logits, labels, reference_logits, settings: as in `row_kl`.
+        row_weights: ``()`` or ``(N,)``, what each row's KL is multiplied by.
+        epsilon, hold_correct: as in `overtone.overtone_loss`.
+        overwrite: the logits with their gradient.
+
+    Returns:
+        kl ``(N,)`` and coefficients ``(5, N)`` as of `row_kl`, and row_weights ``(N,)`` with zeros where settled.
+    """
+    native = native_for(logits) if reference_logits is None and row_weights.dim() == 0 else None
+    if native is not None:
+        fit = native.fit(
+            logits,
+            labels,
+            settings,
+            epsilon=epsilon,
+            hold_correct=hold_correct,
+            ignore_index=-1,
+            row_weight=row_weights.item(),
+            gradient=logits if overwrite else None,
+        )
+        return fit.kl, fit.coefficients, fit.row_weights
+    kl, coefficients = row_kl(logits, labels, reference_logits, settings, ignore_index=-1)
+    settled = kl < epsilon
+    if hold_correct:
+        settled = settled & (coefficients[4] != 0)
+    grad_kl = torch.where(settled, 0, row_weights.expand(len(kl)))
+    if overwrite:
+        row_gradient(grad_kl, logits, labels, reference_logits, coefficients, settings, out=logits)
+    return kl, coefficients, grad_kl
+
+
 def row_gradient(
     grad_kl: Tensor,
     logits: Tensor,

@@ -233,9 +233,18 @@ class TestEditing:
     def test_no_grad_works_out_no_gradient(self, monkeypatch):
         """Evaluation does none of the gradients' work."""
         (hidden, weight, bias), labels = draw_layer()
-        monkeypatch.setattr(linear, "row_gradient", None)
+        row_fit, overwritten = linear.row_fit, []
+
+        def watched(*arguments, overwrite, **options):
+            overwritten.append(overwrite)
+            return row_fit(*arguments, overwrite=overwrite, **options)
+
+        monkeypatch.setattr(linear, "row_fit", watched)
+        monkeypatch.setattr(linear, "_add_gradients", None)
         with torch.no_grad():
             loss = linear_overtone_loss(hidden, weight, labels, bias=bias)
+        assert overwritten
+        assert not any(overwritten)
         torch.testing.assert_close(loss, two_step(hidden, weight, labels, bias=bias).detach())
 
     def test_autocast(self):
