@@ -272,6 +272,21 @@ class TestFromHiddenStates:
             rounding = torch.finfo(dtype).eps * exact.abs().max()
             assert (own - exact).abs().max() <= (yardstick - exact).abs().max() + rounding
 
+    def test_all_settled(self):
+        """Zeros, in what was made without them: under deterministic algorithms torch fills that with NaN."""
+        hidden, weight = 50 * torch.eye(8).repeat(5, 1), torch.eye(300, 8)
+        hidden, weight = (tensor.bfloat16().requires_grad_() for tensor in (hidden, weight))
+        labels = torch.arange(8).repeat(5)
+        torch.use_deterministic_algorithms(True)
+        try:
+            loss = linear_overtone_loss(hidden, weight, labels, chunk_size=8)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        loss.backward()
+        assert loss.item() == pytest.approx(0.05)
+        assert not hidden.grad.any()
+        assert not weight.grad.any()
+
 
 class TestWhichLogits:
     def test_few_build_nothing(self, monkeypatch):
