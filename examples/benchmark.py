@@ -2,7 +2,7 @@
 
     python examples/benchmark.py --csv benchmark.csv
 
-Times are of one forward and backward: medians of rounds in which all contenders take turns, after one that compiles;
+Times are of one forward and backward: medians of rounds in which all contenders take turns, after one that builds;
 ratios, medians of each round's ratio to the first. Memory is the most held beyond the inputs ("-": too little to see),
 also in units of the logits' gradient or, of hidden states, beyond the gradients as a share of the logits.
 """

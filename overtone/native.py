@@ -68,7 +68,9 @@ def _load() -> Native | None:
             torch.set_flush_denormal(False)  # what torch 2.4 builds switches it on for whoever loads it
         return Native(library)
     except Exception as error:  # whatever a compiler raises, or an interface that other versions of torch do not have
-        logger.warning("the C++ code could not be built, so the loss runs without it, slower: %s", error)
+        reason = str(error).partition("\n")[0] or type(error).__name__  # a compiler's goes on for a thousand lines
+        logger.warning("the C++ code could not be built, so the loss runs without it, slower: %s", reason)
+        logger.debug("in full:", exc_info=error)
         return None
 
 

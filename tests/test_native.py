@@ -363,7 +363,7 @@ class TestLoading:
         codecache = pytest.importorskip("torch._inductor.codecache")
 
         def broken(source):
-            raise RuntimeError("no compiler in sight")
+            raise RuntimeError("no compiler in sight\nand a thousand lines more")
 
         monkeypatch.setattr(codecache.CppCodeCache, "load", broken)
         logits, labels = draw_tokens(9, 70)
