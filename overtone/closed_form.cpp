@@ -226,8 +226,8 @@ Row<Real> sums_of_row(const Storage* logits, int64_t vocabulary, int64_t label_i
   const double label_below = is_label_on_top ? 0 : label_weight;
   const double kept_label_weight = is_label_kept ? label_weight : 0;
   const double others_on_top = on_top - is_label_on_top;
-  const double rest = others_on_top + std::fdim(below, label_below);
-  const double kept_rest = others_on_top + std::fdim(kept_below, is_label_kept ? label_below : 0);
+  const double rest = others_on_top + (below - label_below);
+  const double kept_rest = others_on_top + (kept_below - (is_label_kept ? label_below : 0));
   const double total = rest + label_weight, kept = kept_rest + kept_label_weight;
   const double log_total = std::log1p(rest + (label_weight - 1));
   const double label_log_prob = static_cast<double>(label) - top - log_total;
@@ -347,6 +347,8 @@ struct Reduction {
 template <typename Storage, typename Real = WorkingType<Storage>>
 void fit(const Problem& problem, const Settings& settings, const Reduction& reduction, Real* loss, Real* kl,
          Real* row_weights, Storage* gradient, int64_t gradient_stride) {
+  // As whoever compares what is returned: rounded.
+  const Real epsilon = static_cast<Real>(reduction.epsilon);
   int64_t counted = 0;
   for (int64_t index = 0; index < problem.rows; index++) counted += problem.labels[index] != problem.ignore_index;
   const double row_weight = reduction.is_mean ? 1. / (counted ? counted : 1) : reduction.row_weight;
@@ -358,7 +360,7 @@ void fit(const Problem& problem, const Settings& settings, const Reduction& redu
     bool is_let_go = true;
     if (label != problem.ignore_index) {
       row = sums_of_row(logits, problem.vocabulary, label, settings);
-      is_let_go = row.kl < reduction.epsilon && (row.coefficients.is_first_choice || !reduction.hold_correct);
+      is_let_go = static_cast<Real>(row.kl) < epsilon && (row.coefficients.is_first_choice || !reduction.hold_correct);
     }
     problem.keep(row.coefficients, index);
     kl[index] = static_cast<Real>(row.kl);
@@ -369,7 +371,7 @@ void fit(const Problem& problem, const Settings& settings, const Reduction& redu
   }
   double sum = 0;
   for (int64_t index = 0; index < problem.rows; index++)
-    if (problem.labels[index] != problem.ignore_index) sum += row_weights[index] == 0 ? reduction.epsilon : kl[index];
+    if (problem.labels[index] != problem.ignore_index) sum += row_weights[index] == 0 ? epsilon : kl[index];
   *loss = static_cast<Real>(sum * row_weight);
 }
 

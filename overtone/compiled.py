@@ -27,7 +27,8 @@ class Fused:
 
     def __init__(self, *functions: Callable[..., Any]) -> None:
         """Wrap functions; neither another number of rows, but for one, nor another vocabulary compiles them anew."""
-        self._compiled = {function: torch.compile(function, dynamic=True) for function in functions}
+        # torch.compile imports a compiler, which takes a second: not before there is something to compile.
+        self._compiled: dict[Callable[..., Any], Callable[..., Any] | None] = dict.fromkeys(functions)
 
     def is_worthwhile(self, logits: Tensor) -> bool:
         """Whether a call with that many logits runs compiled."""
@@ -40,10 +41,11 @@ class Fused:
 
     def call(self, function: Callable[..., Any], logits: Tensor, *arguments: Any) -> Any:
         """Call one of the functions, compiled if the call that it is a part of, with these logits, is large."""
-        compiled = self._compiled.get(function) if self.is_worthwhile(logits) else None
-        if compiled is None:
+        if not self.is_worthwhile(logits):
             return function(*arguments)
         try:
+            compiled = self._compiled[function] or torch.compile(function, dynamic=True)
+            self._compiled[function] = compiled
             # The compiler has functions of their own for views and for what has a graph; detached, all are alike.
             detached = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
             return compiled(*detached)

@@ -55,6 +55,8 @@ def check_reduction(reduction: str, ignore_index: int) -> None:
         raise TypeError(
             f"ignore_index must be an integer label, got {ignore_index!r} of type {type(ignore_index).__name__}"
         )
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be a label as int64 holds them, got {ignore_index}")
 
 
 def _check_number(name: str, value: object, expected: str, accepted: Callable[[float], bool]) -> None:

@@ -180,8 +180,8 @@ class _OverTone(torch.autograd.Function):
         # Handed out once: whoever gets it may keep it, or write to it.
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is not None and (scale := grad_loss.item()) != 1:
-            # In half precision what a loss scale could have saved is lost by now.
-            gradient = gradient.mul_(scale) if gradient.dtype == grad_loss.dtype else None
+            # In half precision what a loss scale could have saved is lost by now; and 0 times NaN would be NaN.
+            gradient = gradient.mul_(scale) if scale != 0 and gradient.dtype == grad_loss.dtype else None
         if gradient is None:
             logits, labels, reference_logits, coefficients, row_weight = ctx.saved_tensors
             arguments = grad_loss * row_weight, logits, labels, reference_logits, coefficients, *ctx.settings

@@ -8,7 +8,7 @@ import os
 import sys
 from functools import cache
 from importlib.resources import files
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +49,23 @@ def native_for(logits: Tensor) -> Native | None:
         or logits.dtype not in _STORAGES
         or logits.stride(1) != 1
         or logits.is_neg()
+        # None, or freed.
+        or (logits.data_ptr() == 0 and logits.numel() > 0)
+        or _is_traced()
     ):
         return None
     return _load()
+
+
+def _is_traced() -> bool:
+    """Whether new tensors have no values, or a graph is recorded, which would not see what C++ does."""
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY))
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """With every value as it is at its place, one after the other."""
+    return (tensor.clone() if tensor._is_zerotensor() else tensor).resolve_neg().contiguous()
 
 
 @cache
@@ -97,10 +111,10 @@ class Native:
         """
         kl = logits.new_empty(len(logits), dtype=working_dtype(logits))
         coefficients = kl.new_empty(5, len(logits))
-        labels = labels.contiguous()
+        labels = _in_memory(labels)
         problem = _problem(logits, labels, coefficients, ignore_index)
         if not self._kl(problem, _Settings(*settings.numbers()), kl.data_ptr()):
-            check_labels(labels, logits.shape[1], ignore_index)
+            _raise_for(labels, logits.shape[1], ignore_index)
         return kl, coefficients
 
     def fit(
@@ -130,13 +144,13 @@ class Native:
         sums = logits.new_empty((7, len(logits)), dtype=working_dtype(logits))
         coefficients, kl, row_weights = sums[:5], sums[5], sums[6]
         loss = sums.new_empty(())
-        labels = labels.contiguous()
+        labels = _in_memory(labels)
         problem = _problem(logits, labels, coefficients, ignore_index)
         reduction = _Reduction(epsilon, row_weight or 0, hold_correct, row_weight is None)
         outputs = (tensor.data_ptr() for tensor in (loss, kl, row_weights))
         where = (None, 0) if gradient is None else (gradient.data_ptr(), gradient.stride(0))
         if not self._fit(problem, _Settings(*settings.numbers()), reduction, *outputs, *where):
-            check_labels(labels, logits.shape[1], ignore_index)
+            _raise_for(labels, logits.shape[1], ignore_index)
         return Fit(loss, kl, coefficients, row_weights)
 
     def write_gradient(
@@ -151,9 +165,15 @@ class Native:
             coefficients: of `kl`.
             out: the entries of each row one after the other.
         """
-        labels, grad_kl = labels.contiguous(), grad_kl.contiguous()
+        labels, grad_kl = _in_memory(labels), _in_memory(grad_kl)
         problem = _problem(logits, labels, coefficients, ignore_index=0)
         self._gradient(problem, grad_kl.data_ptr(), out.data_ptr(), out.stride(0))
+
+
+def _raise_for(labels: Tensor, vocabulary: int, ignore_index: int) -> NoReturn:
+    """Nothing was written, so nothing can be returned."""
+    check_labels(labels, vocabulary, ignore_index)
+    raise RuntimeError("labels were changed, by another thread, while the loss was worked out")
 
 
 class _Problem(ctypes.Structure):

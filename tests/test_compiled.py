@@ -147,7 +147,7 @@ class TestWithoutCompiler:
         def broken(*arguments):
             raise torch._dynamo.exc.TorchDynamoException("no compiler in sight")
 
-        monkeypatch.setattr(rows._fused, "_compiled", dict.fromkeys(rows._fused._compiled, broken))
+        monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
         logits, labels = draw_tokens(9, 70, torch.float32)
         with caplog.at_level(logging.WARNING):
             result = value_and_gradient(overtone_loss, logits, labels)
@@ -167,6 +167,7 @@ class TestWithoutCompiler:
 
         monkeypatch.setattr(native, "BUILD_FROM", math.inf)
         monkeypatch.setattr(rows._fused, "_compiled", dict.fromkeys(rows._fused._compiled, forbidden))
+        monkeypatch.setattr(torch, "compile", forbidden)
         for vocabulary in (70, compiled.COMPILE_FROM):
             value_and_gradient(overtone_loss, *draw_tokens(9, vocabulary, torch.float32))
         assert not rows._fused.is_worthwhile(torch.empty(9, 70, device="meta"))

@@ -167,6 +167,19 @@ class TestDecision:
         assert (logits.grad is None) is held
         assert torch.equal(value, loss(self.logits, self.labels, **arguments))
 
+    def test_epsilon_that_is_the_kl(self):
+        """All decisions are made with the KL as it is returned, so that zeros are never sent where a hold is due."""
+        for seed in range(50):
+            generator = torch.Generator().manual_seed(seed)
+            logits = torch.randn(1, 30, generator=generator).requires_grad_()
+            epsilon = overtone_loss(logits.detach(), torch.tensor([3]), epsilon=0.0).item()
+            for reduction in ("none", "mean"):
+                logits.grad = None
+                loss = overtone_loss(logits, torch.tensor([3]), epsilon=epsilon, hold_settled=True, reduction=reduction)
+                loss.sum().backward()
+                assert logits.grad is not None
+                assert logits.grad.any()
+
     def test_no_counted_token_needs_nothing(self):
         """A micro-batch without labels is held: zeros from it would move Adam."""
         logits = torch.zeros(2, 3, requires_grad=True)

@@ -20,6 +20,8 @@ from test_overtone_loss import (  # noqa: F401 - tests that are run here again
     draw_tokens,
     problems,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from overtone import fused, linear_overtone_loss, native, overtone_loss
 from overtone.functional import reference_loss
@@ -321,6 +323,32 @@ class TestWhichLogits:
             result = value_and_gradient(overtone_loss, logits, strided, reduction=reduction)
             expected = value_and_gradient(overtone_loss, logits, labels, reduction=reduction)
             assert all(torch.equal(*pair) for pair in zip(result, expected, strict=True))
+
+    @pytest.mark.parametrize("limit", [fused.GRADIENT_UP_TO, 0])
+    def test_tensors_without_memory_or_with_other_bits(self, limit, monkeypatch):
+        """Zeros that are nowhere, negated labels, freed storage: PyTorch's own values and errors, and no crash."""
+        monkeypatch.setattr(fused, "GRADIENT_UP_TO", limit)
+        logits, labels = draw_tokens(9, 700)
+        nowhere = torch._efficientzerotensor((9, 700))
+        torch.testing.assert_close(overtone_loss(nowhere, labels), overtone_loss(torch.zeros(9, 700), labels))
+        assert torch.equal(overtone_loss(logits, torch._neg_view(-labels)), overtone_loss(logits, labels))
+        for reduction, shape in (("none", (9,)), ("mean", ())):
+            leaf = logits.clone().requires_grad_()
+            zeros = torch._efficientzerotensor(shape, dtype=torch.float64)
+            overtone_loss(leaf, labels, reduction=reduction).backward(zeros)
+            assert torch.equal(leaf.grad, torch.zeros_like(logits))
+        logits.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError):
+            overtone_loss(logits, labels)
+
+    def test_traced(self):
+        """While a graph is recorded, or there are no values, nothing is worked out that would not be seen."""
+        logits = draw_tokens(9, 700)[0]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert native.native_for(logits) is None
+        seen = []
+        make_fx(lambda values: seen.append(native.native_for(logits)) or values * 2)(torch.zeros(2))
+        assert seen == [None]
 
     @pytest.mark.parametrize("wrong", [700, -1, 2**40])
     @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -196,7 +196,7 @@ class TestPrecision:
         gradient = value_and_gradient(overtone_loss, logits, labels, **arguments)[1][:, 0].double()
         assert ((gradient - exact).abs() <= 0.01 * exact.abs()).all()
 
-    @pytest.mark.parametrize(("dtype", "lead"), [(torch.float32, 20.0), (torch.float64, 40.0)])
+    @pytest.mark.parametrize(("dtype", "lead"), [(torch.float32, 20.0), (torch.float32, 60.0), (torch.float64, 40.0)])
     def test_confident_tokens_keep_their_value(self, dtype, lead):
         """With lam 1 the loss of p_y near 1 is -log p_y to 1e-6 of itself, not a rounding of 1."""
         logits = torch.tensor([[lead, 0.0, 0.0]], dtype=dtype)
@@ -266,6 +266,13 @@ class TestEdges:
         arguments.update(lam=lam, check=check, reduction="none")
         values = loss(logits if of_reference else broken, labels, **arguments)
         assert values.isnan().tolist() == [False, True, False]
+
+    def test_nothing_wanted_of_nan_is_zero(self):
+        """A loss that is multiplied by 0 asks for no gradient, of a NaN row either."""
+        logits, labels = draw_tokens(3, 5)
+        logits[1, 2] = math.nan
+        (overtone_loss(logits.requires_grad_(), labels) * 0).backward()
+        assert torch.equal(logits.grad, torch.zeros(3, 5, dtype=logits.dtype))
 
     def test_ignored_nan_is_hidden(self):
         """A NaN in a row that does not count reaches neither loss nor gradient."""
@@ -532,6 +539,7 @@ class TestBadInput:
             ({"lam": 1.1}, r"lam must be a number in \[0, 1\], got 1.1"),
             ({"lam": -0.1}, "lam must be"),
             ({"reduction": "avg"}, "reduction must be one of .* got 'avg'"),
+            ({"ignore_index": 2**64 + 3}, "ignore_index must be a label as int64 holds them, got 18446744073709551619"),
             ({"hold_settled": -1.0}, "hold_settled must be .* got -1.0"),
             ({"hold_settled": 0}, "hold_settled must be .* got 0"),
             ({"labels": torch.tensor([0, 5])}, r"labels must lie in \[0, 5\) .* got 5"),
