@@ -147,10 +147,11 @@ Row<Real> sums_of_row(const Storage* logits, int64_t vocabulary, int64_t label_i
     });
     tops[chunk] = highest.highest();
     top = tops[chunk] > top || tops[chunk] != tops[chunk] ? tops[chunk] : top;
-    is_plain[chunk] = std::isfinite(chunk_sum.sum());
+    const double sum_of_all = chunk_sum.sum();
+    is_plain[chunk] = std::isfinite(sum_of_all);
     if (is_plain[chunk]) {
       count += chunks.end(chunk) - chunks.begin(chunk);
-      sum += chunk_sum.sum();
+      sum += sum_of_all;
     } else {
       for (int64_t i = chunks.begin(chunk); i < chunks.end(chunk); i++) {
         const Real score = static_cast<Real>(logits[i]);
@@ -317,19 +318,6 @@ struct Problem {
 };
 
 template <typename Storage, typename Real = WorkingType<Storage>>
-void work_out_kl(const Problem& problem, const Settings& settings, Real* kl) {
-#pragma omp parallel for num_threads(problem.threads) if (problem.threads > 1)
-  for (int64_t index = 0; index < problem.rows; index++) {
-    Row<Real> row{};
-    const int64_t label = problem.labels[index];
-    if (label != problem.ignore_index)
-      row = sums_of_row(problem.row<Storage>(index), problem.vocabulary, label, settings);
-    problem.keep(row.coefficients, index);
-    kl[index] = static_cast<Real>(row.kl);
-  }
-}
-
-template <typename Storage, typename Real = WorkingType<Storage>>
 void write_gradient(const Problem& problem, const Real* grad_kl, Storage* out, int64_t out_stride) {
 #pragma omp parallel for num_threads(problem.threads) if (problem.threads > 1)
   for (int64_t index = 0; index < problem.rows; index++)
@@ -393,17 +381,9 @@ Pointer cast_like(Pointer, void* tensor) {
 
 }  // namespace
 
-// The first two write nothing and return 0 where a label is out of range.
 extern "C" {
 
-int overtone_kl(const Problem* problem, const Settings* settings, void* kl) {
-  if (!problem->are_labels_in_range()) return 0;
-  with_types(problem->storage, [&](auto storage, auto real) {
-    work_out_kl<std::remove_pointer_t<decltype(storage)>>(*problem, *settings, cast_like(real, kl));
-  });
-  return 1;
-}
-
+// Writes nothing and returns 0 where a label is out of range.
 int overtone_fit(const Problem* problem, const Settings* settings, const Reduction* reduction, void* loss, void* kl,
                  void* row_weights, void* gradient, int64_t gradient_stride) {
   if (!problem->are_labels_in_range()) return 0;

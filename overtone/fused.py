@@ -17,7 +17,7 @@ from overtone.contract import (
     reduce_tokens,
     working_dtype,
 )
-from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
+from overtone.hold import Hold, is_settled, refuse_hold_when_distributed, release_when_held
 from overtone.native import native_for
 from overtone.once import refuse_second_derivative
 from overtone.rows import row_gradient, row_kl
@@ -148,9 +148,9 @@ class _OverTone(torch.autograd.Function):
                 logits,
                 labels,
                 settings,
+                ignore_index,
                 epsilon=epsilon,
                 hold_correct=hold_correct,
-                ignore_index=ignore_index,
                 row_weight=None if reduction == "mean" else 1.0,
                 gradient=ctx.gradient,
             )
@@ -159,9 +159,7 @@ class _OverTone(torch.autograd.Function):
             token_kl = _token_kl_operator if torch.compiler.is_compiling() else _token_kl
             kl, coefficients = token_kl(logits, labels, reference_logits, *settings, ignore_index)
             counted = labels != ignore_index
-            settled = counted & (kl < epsilon)
-            if hold_correct:
-                settled = settled & (coefficients[4] != 0)
+            settled = counted & is_settled(kl, epsilon, coefficients[4] != 0 if hold_correct else None)
             row_weight = (counted ^ settled).to(kl.dtype)
             loss = reduce_tokens(kl.masked_fill(settled, epsilon), counted, reduction)
             if reduction == "mean":

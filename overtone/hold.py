@@ -26,6 +26,12 @@ def refuse_hold_when_distributed(hold_settled: Hold) -> None:
         )
 
 
+def is_settled(token_kl: Tensor, epsilon: float, correct: Tensor | None) -> Tensor:
+    """Whether each token ``(M,)`` is let go: its KL below epsilon and, where correct ``(M,)`` is given, correct."""
+    settled = token_kl < epsilon
+    return settled if correct is None else settled & correct
+
+
 def release_when_held(
     token_loss: Tensor, token_kl: Tensor, epsilon: float, hold_settled: Hold, correct: Tensor | None = None
 ) -> Tensor:

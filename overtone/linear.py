@@ -16,7 +16,7 @@ from overtone.contract import (
     reduce_tokens,
     working_dtype,
 )
-from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
+from overtone.hold import Hold, is_settled, refuse_hold_when_distributed, release_when_held
 from overtone.once import refuse_second_derivative
 from overtone.rows import row_fit, slice_gradient
 from overtone.settings import TargetSettings
@@ -159,8 +159,7 @@ class _Problem(NamedTuple):
 
     def settled(self, kl: Tensor) -> Tensor:
         """Whether each row is let go, given its KL."""
-        settled = kl < self.epsilon
-        return settled & self.correct if self.hold_correct else settled
+        return is_settled(kl, self.epsilon, self.correct if self.hold_correct else None)
 
 
 class _Gradients(NamedTuple):
@@ -201,13 +200,13 @@ def _chunked(
     grad_kl = torch.zeros_like(kl)
     coefficients = kl.new_empty(5, rows)
     buffer = hidden.new_empty(min(problem.chunk_size, rows), vocabulary)
+    is_wanted_now = wanted[0] or (any(wanted) and not by_slices)
     for start in range(0, rows, problem.chunk_size):
         chunk = slice(start, min(start + problem.chunk_size, rows))
         logits = buffer[: chunk.stop - start]
         _write_logits(hidden[chunk], weight, bias, out=logits)
         labels = problem.labels[chunk]
         reference = None if problem.reference is None else problem.reference[chunk]
-        is_wanted_now = wanted[0] or (any(wanted) and not by_slices)
         kl[chunk], coefficients[:, chunk], grad_kl[chunk] = row_fit(
             logits,
             labels,

@@ -29,7 +29,7 @@ class Fit(NamedTuple):
 
     Attributes:
         loss: ``()``, the clipped KLs, reduced.
-        kl, coefficients: as from `Native.kl`.
+        kl, coefficients: ``(N,)`` and ``(5, N)``, as from `overtone.closed_form.kl_of_rows`; zeros where ignored.
         row_weights: ``(N,)``, what the gradient of each row's KL is multiplied by: 0 where settled or ignored.
     """
 
@@ -97,53 +97,40 @@ class Native:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         problem, settings, tensor = ctypes.POINTER(_Problem), ctypes.POINTER(_Settings), ctypes.c_void_p
-        self._kl, self._fit, self._gradient = library.overtone_kl, library.overtone_fit, library.overtone_gradient
-        self._kl.argtypes = [problem, settings, tensor]
+        self._fit, self._gradient = library.overtone_fit, library.overtone_gradient
         self._fit.argtypes = [problem, settings, ctypes.POINTER(_Reduction), *[tensor] * 4, ctypes.c_int64]
         self._gradient.argtypes = [problem, tensor, tensor, ctypes.c_int64]
         self._gradient.restype = None
-
-    def kl(self, logits: Tensor, labels: Tensor, settings: TargetSettings, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """KL ``(N,)`` and coefficients ``(5, N)`` as of `overtone.closed_form.kl_of_rows`; zeros where ignored.
-
-        Raises:
-            ValueError: for a label ``(N,)`` out of range.
-        """
-        kl = logits.new_empty(len(logits), dtype=working_dtype(logits))
-        coefficients = kl.new_empty(5, len(logits))
-        labels = _in_memory(labels)
-        problem = _problem(logits, labels, coefficients, ignore_index)
-        if not self._kl(problem, _Settings(*settings.numbers()), kl.data_ptr()):
-            _raise_for(labels, logits.shape[1], ignore_index)
-        return kl, coefficients
 
     def fit(
         self,
         logits: Tensor,
         labels: Tensor,
         settings: TargetSettings,
-        *,
-        epsilon: float,
-        hold_correct: bool,
         ignore_index: int,
-        row_weight: float | None,
-        gradient: Tensor | None,
+        *,
+        epsilon: float = 0.0,
+        hold_correct: bool = False,
+        row_weight: float | None = 1.0,
+        gradient: Tensor | None = None,
     ) -> Fit:
         """Everything about the rows at once, the gradient while their logits are in the cache.
 
         Args:
-            logits, labels, settings, ignore_index: as of `kl`.
+            logits: ``(N, V)``.
+            labels: ``(N,)``, int64.
+            settings: of the target.
+            ignore_index: label of rows that do not count, and cost nothing.
             epsilon, hold_correct: as in `overtone.overtone_loss`.
             row_weight: what the reduction multiplies each row's loss by; None for the mean of those that count.
             gradient: ``(N, V)``, to write that of the loss by the logits to: the entries of each row one after the
                 other, and in the place of the logits if need be. None where it is not wanted.
 
         Raises:
-            ValueError: for a label ``(N,)`` out of range.
+            ValueError: for a label out of range.
         """
-        sums = logits.new_empty((7, len(logits)), dtype=working_dtype(logits))
-        coefficients, kl, row_weights = sums[:5], sums[5], sums[6]
-        loss = sums.new_empty(())
+        coefficients = logits.new_empty((5, len(logits)), dtype=working_dtype(logits))
+        loss, kl, row_weights = (coefficients.new_empty(shape) for shape in ((), len(logits), len(logits)))
         labels = _in_memory(labels)
         problem = _problem(logits, labels, coefficients, ignore_index)
         reduction = _Reduction(epsilon, row_weight or 0, hold_correct, row_weight is None)
@@ -160,9 +147,9 @@ class Native:
 
         Args:
             grad_kl: ``(N,)``; rows of which it is 0 get exact zeros, and cost little else.
-            logits: as of `kl`, or a slice of their vocabulary.
+            logits: as of `fit`, or a slice of their vocabulary.
             labels: ``(N,)``; one that is not in the slice is no part of its row.
-            coefficients: of `kl`.
+            coefficients: of `fit`.
             out: the entries of each row one after the other.
         """
         labels, grad_kl = _in_memory(labels), _in_memory(grad_kl)

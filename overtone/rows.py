@@ -19,6 +19,7 @@ from overtone.closed_form import (
 from overtone.compiled import Fused
 from overtone.contract import check_labels, working_dtype
 from overtone.functional import build_target, clipped_kl, ground_truth_check
+from overtone.hold import is_settled
 from overtone.native import native_for
 from overtone.settings import TargetSettings
 
@@ -48,7 +49,8 @@ def row_kl(
     """
     native = native_for(logits) if reference_logits is None else None
     if native is not None:
-        return native.kl(logits, labels, settings, ignore_index)
+        fit = native.fit(logits, labels, settings, ignore_index)
+        return fit.kl, fit.coefficients
     counted = labels != ignore_index
     if logits.device.type == "cpu":
         check_labels(labels, logits.shape[1], ignore_index)
@@ -97,17 +99,15 @@ def row_fit(
             logits,
             labels,
             settings,
+            ignore_index=-1,
             epsilon=epsilon,
             hold_correct=hold_correct,
-            ignore_index=-1,
             row_weight=row_weights.item(),
             gradient=logits if overwrite else None,
         )
         return fit.kl, fit.coefficients, fit.row_weights
     kl, coefficients = row_kl(logits, labels, reference_logits, settings, ignore_index=-1)
-    settled = kl < epsilon
-    if hold_correct:
-        settled = settled & (coefficients[4] != 0)
+    settled = is_settled(kl, epsilon, coefficients[4] != 0 if hold_correct else None)
     grad_kl = torch.where(settled, 0, row_weights.expand(len(kl)))
     if overwrite:
         row_gradient(grad_kl, logits, labels, reference_logits, coefficients, settings, out=logits)
