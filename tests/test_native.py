@@ -360,6 +360,13 @@ class TestWhichLogits:
             overtone_loss(logits, labels, reduction=reduction)
 
 
+    def test_labels_that_were_mended_meanwhile(self, monkeypatch):
+        """By another thread, after the C++ code refused them: what it never wrote is not returned."""
+        monkeypatch.setattr(native, "check_labels", lambda *arguments: None)
+        with pytest.raises(RuntimeError, match="labels were changed"):
+            overtone_loss(torch.zeros(2, 5), torch.tensor([0, 5]))
+
+
 class TestLoading:
     @pytest.fixture(autouse=True)
     def nothing_is_loaded(self):
