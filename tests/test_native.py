@@ -359,7 +359,6 @@ class TestWhichLogits:
         with pytest.raises(ValueError, match=rf"labels must lie in \[0, 700\) .* got {wrong}"):
             overtone_loss(logits, labels, reduction=reduction)
 
-
     def test_labels_that_were_mended_meanwhile(self, monkeypatch):
         """By another thread, after the C++ code refused them: what it never wrote is not returned."""
         monkeypatch.setattr(native, "check_labels", lambda *arguments: None)
