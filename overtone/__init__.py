@@ -11,10 +11,10 @@ import importlib
 from types import ModuleType
 
 from overtone import functional
+from overtone.config import OverToneConfig
 from overtone.diagnostics import TokenStates, token_states
-from overtone.fused import overtone_loss
 from overtone.linear import linear_overtone_loss
-from overtone.loss import OverToneConfig, OverToneLoss
+from overtone.loss import OverToneLoss, overtone_loss
 
 __all__ = [
     "OverToneConfig",

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from overtone.checks import check_labels, check_tensors, flatten_tokens, working_dtype
 from overtone.compiled import BLOCK_ELEMENTS
-from overtone.contract import check_labels, check_tensors, flatten_tokens, working_dtype
+from overtone.config import OverToneConfig
 from overtone.functional import ground_truth_check, mix_target, top_n_sigma_filter
-from overtone.fused import overtone_loss
-from overtone.loss import OverToneConfig
+from overtone.loss import overtone_loss
 
 __all__ = ["TokenStates", "token_states", "underfitting_degree"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from overtone.contract import (
+from overtone.checks import (
     Reduction,
     check_hyperparameters,
     check_labels,

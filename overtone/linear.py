@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from overtone.contract import (
+from overtone.checks import (
     Reduction,
     check_hyperparameters,
     check_labels,

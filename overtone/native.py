@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from overtone.contract import check_labels, working_dtype
+from overtone.checks import check_labels, working_dtype
 from overtone.settings import TargetSettings
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from overtone.checks import check_labels, working_dtype
 from overtone.closed_form import (
     SettingTensors,
     become_gradient_of_others,
@@ -17,7 +18,6 @@ from overtone.closed_form import (
     write_gradient_of_others,
 )
 from overtone.compiled import Fused
-from overtone.contract import check_labels, working_dtype
 from overtone.functional import build_target, clipped_kl, ground_truth_check
 from overtone.hold import is_settled
 from overtone.native import native_for

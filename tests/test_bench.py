@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from overtone import cli
+from overtone.config import RECOMMENDED
 from overtone.lab import bench, results_folder, sequences
 from overtone.lab.bench import Bench, BenchSettings
 from overtone.lab.corpora import CORPORA
@@ -28,7 +29,6 @@ from overtone.lab.sequences import SequenceTask
 from overtone.lab.sessions import WeightSession
 from overtone.lab.sharding import Shard
 from overtone.lab.world import Probe
-from overtone.loss import RECOMMENDED
 
 ALONE = Shard(0, 1)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from overtone import OverToneConfig, OverToneLoss, overtone_loss
-from overtone.loss import RECOMMENDED
+from overtone.config import RECOMMENDED
 
 LOGITS = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, -100, 3, 4, 2])

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from overtone import OverToneConfig, overtone_loss
+from overtone.config import PRESETS, RECOMMENDED
 from overtone.functional import reference_loss
 from overtone.lab.losses import ABLATIONS, EARLY_STOPPING_THRESHOLDS, LOSSES, parse_loss
-from overtone.loss import PRESETS, RECOMMENDED
 
 
 def tokens(seed=0):

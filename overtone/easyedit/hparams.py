@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from overtone import OverToneConfig, overtone_loss
-from overtone.contract import check_hold
+from overtone.checks import check_hold
 from overtone.easyedit.edit_loss import EditLoss
 from overtone.hold import Hold
 

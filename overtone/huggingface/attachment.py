@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from overtone.config import OverToneConfig
 from overtone.huggingface.fused_head import FusedHead, refuse_unfusable_model
 from overtone.huggingface.loss import Observer, causal_lm_loss, causal_lm_loss_of_hidden, checked_config
 from overtone.huggingface.verification import (
@@ -20,7 +21,6 @@ from overtone.huggingface.verification import (
     refuse_unsupported_model,
     verify_loss_is_called,
 )
-from overtone.loss import OverToneConfig
 
 LossFunction = Callable[..., Tensor]
 

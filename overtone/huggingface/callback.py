@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from overtone.config import OverToneConfig
 from overtone.diagnostics import TokenStates, token_states
 from overtone.huggingface.loss import checked_config
-from overtone.loss import OverToneConfig
 
 __all__ = ["TokenStatesCallback"]
 

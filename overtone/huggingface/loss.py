@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from overtone.contract import check_tensors
-from overtone.fused import overtone_loss
+from overtone.checks import check_tensors
+from overtone.config import OverToneConfig
 from overtone.linear import linear_overtone_loss
-from overtone.loss import OverToneConfig
+from overtone.loss import overtone_loss
 
 Observer: TypeAlias = Callable[[Tensor, Tensor], None]
 """Sees the logits ``(..., V)`` and the next tokens ``(...)`` of every training step; returns nothing."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from overtone.config import RECOMMENDED, OverToneConfig
 from overtone.lab.corpora import CORPORA, WORLDS, Corpus, open_corpus
 from overtone.lab.edited_models import EditedModel, LabModels, ModelSource, NamedModel, default_device
 from overtone.lab.editors import METHODS
@@ -29,7 +30,6 @@ from overtone.lab.sequences import SequenceTask, checkpoint_path, library_versio
 from overtone.lab.sessions import easyedit_version, open_session, require_method, unsupported
 from overtone.lab.sharding import Shard
 from overtone.lab.world import Edit
-from overtone.loss import RECOMMENDED, OverToneConfig
 
 HELD_OUT_TEXTS = 64
 """How many of a corpus' held-out texts the perplexity is measured on, at most."""

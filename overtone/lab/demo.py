@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from overtone.config import OverToneConfig
 from overtone.lab.editors import METHODS, named_methods
 from overtone.lab.experiment import Task, Workplace, fingerprint, perform_all, plan
 from overtone.lab.figures import draw_overfitting
@@ -20,7 +21,6 @@ from overtone.lab.records import EditRecord, RecordFile, write_atomically
 from overtone.lab.registry import look_up
 from overtone.lab.summary import SummaryRow, summarise
 from overtone.lab.world import Edit, World, build_world
-from overtone.loss import OverToneConfig
 
 RECORDS, RESULTS, FIGURE = "records.jsonl", "results.json", "overfitting.png"
 """The files in the output folder."""

@@ -14,8 +14,9 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.nn import functional as F
 
+from overtone.config import PRESETS, OverToneConfig
 from overtone.lab.registry import look_up
-from overtone.loss import PRESETS, OverToneConfig, OverToneLoss
+from overtone.loss import OverToneLoss
 
 TokenLoss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Logits (N, V) at the target tokens and labels (N,), without -100, to a scalar."""
@@ -47,7 +48,7 @@ class NamedLoss:
         """The settings of OverTone for an editing method, or None where the loss is cross-entropy.
 
         Args:
-            preset: the method's name in `overtone.loss.PRESETS` (the paper's epsilon depends on the method).
+            preset: the method's name in `overtone.config.PRESETS` (the paper's epsilon depends on the method).
         """
         if self.overtone is None:
             return None
