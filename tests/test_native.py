@@ -23,7 +23,8 @@ from test_overtone_loss import (  # noqa: F401 - tests that are run here again
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from overtone import linear_overtone_loss, loss, native, overtone_loss
+from overtone import linear_overtone_loss, native, overtone_loss
+from overtone import loss as loss_module
 from overtone.functional import reference_loss
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
@@ -85,7 +86,7 @@ class TestEdges(test_overtone_loss.TestEdges):
         scores.detach().add_(1)
         loss.backward()
         assert torch.equal(logits.grad, expected)
-        monkeypatch.setattr(loss, "GRADIENT_UP_TO", 0)
+        monkeypatch.setattr(loss_module, "GRADIENT_UP_TO", 0)
         super().test_changed_logits_are_noticed()
 
 
@@ -182,8 +183,8 @@ class TestGradientWithTheLoss:
         labels[1] = -100
         for arguments in (*SETTINGS, {"epsilon": 0.5, "hold_correct": True}):
             results = []
-            for limit in (loss.GRADIENT_UP_TO, 0):
-                monkeypatch.setattr(loss, "GRADIENT_UP_TO", limit)
+            for limit in (loss_module.GRADIENT_UP_TO, 0):
+                monkeypatch.setattr(loss_module, "GRADIENT_UP_TO", limit)
                 leaf = logits.clone().requires_grad_()
                 loss = overtone_loss(leaf, labels, reduction=reduction, **arguments)
                 assert (loss.grad_fn.gradient is None) == (limit == 0)
@@ -223,7 +224,7 @@ class TestGradientWithTheLoss:
         def from_hidden(hidden, labels):
             return linear_overtone_loss(hidden, weight, labels)
 
-        monkeypatch.setattr(loss, "GRADIENT_UP_TO", limit)
+        monkeypatch.setattr(loss_module, "GRADIENT_UP_TO", limit)
         for loss_function in (overtone_loss, from_hidden, torch.nn.functional.cross_entropy):
             logits, labels = torch.randn(9, 70, requires_grad=True), torch.arange(9)
             Cut.apply(loss_function(logits, labels)).backward()
@@ -327,7 +328,7 @@ class TestWhichLogits:
     @pytest.mark.parametrize("limit", [loss.GRADIENT_UP_TO, 0])
     def test_tensors_without_memory_or_with_other_bits(self, limit, monkeypatch):
         """Zeros that are nowhere, negated labels, freed storage: PyTorch's own values and errors, and no crash."""
-        monkeypatch.setattr(loss, "GRADIENT_UP_TO", limit)
+        monkeypatch.setattr(loss_module, "GRADIENT_UP_TO", limit)
         logits, labels = draw_tokens(9, 700)
         nowhere = torch._efficientzerotensor((9, 700))
         torch.testing.assert_close(overtone_loss(nowhere, labels), overtone_loss(torch.zeros(9, 700), labels))
