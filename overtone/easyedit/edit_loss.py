@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from overtone.functional import ground_truth_check
-from overtone.hold import is_settled, read_hold, refuse_hold_when_distributed, release_when_held, replace_old_names
+from overtone.hold import is_settled, read_hold, release_when_held, replace_old_names
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (N, V), labels (N,)) -> loss (N,)``, labels without ignored positions."""
@@ -56,7 +56,6 @@ class EditLoss:
         if not may_hold:
             return values, False
         hold = read_hold(replace_old_names(None, {"hold_settled": self.hold, "hold_correct": self.hold_correct}))
-        refuse_hold_when_distributed(hold)
         held = release_when_held(values, unclipped.detach(), self.settled_below, hold, correct) is not values
         return values, held
 
