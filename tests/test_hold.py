@@ -330,15 +330,17 @@ class TestOldNames:
             read = {"hold_settled": config.hold_settled, "hold_correct": config.hold_correct}
         assert read == {"hold_settled": False, "hold_correct": False, **old}
 
-    def test_of_a_preset_they_change_their_part(self):
-        with pytest.warns(DeprecationWarning):
-            assert OverToneConfig.recommended("ft-m", hold_settled=0.1).hold == ("correct", 0.1)
-        with pytest.warns(DeprecationWarning):
-            assert OverToneConfig.recommended("ft-m", hold_settled=False).hold is None
-        with pytest.warns(DeprecationWarning):
-            assert OverToneConfig.recommended("ft-m", hold_correct=False).hold == 0.2
-        with pytest.warns(DeprecationWarning):
-            assert dataclasses.replace(OverToneConfig.preset("lora"), hold_settled=True).hold == "settled"
+    @pytest.mark.parametrize(
+        ("old", "hold"),
+        [({"hold_settled": 0.1}, ("correct", 0.1)), ({"hold_settled": False}, None), ({"hold_correct": False}, 0.2)],
+    )
+    def test_of_a_preset_they_change_their_part(self, old, hold):
+        for make in (
+            OverToneConfig.recommended,
+            lambda method, **old: dataclasses.replace(OverToneConfig.recommended(method), **old),
+        ):
+            with pytest.warns(DeprecationWarning, match="is now called hold="):
+                assert make("ft-m", **old).hold == hold
 
     def test_of_the_losses(self):
         logits, labels = torch.tensor([[9.0, 0.0]]), torch.tensor([0])
