@@ -67,8 +67,8 @@ def parse(value: object, *, hold: object = None) -> LossSpec:
         return LossSpec(name, f"the callable {name}", "callable", function=value)
     kind, given = read(value)
     try:
-        kind, given = modernise(kind, given)
-        fields = _changed_fields(kind, given if kind != "overtone" else {"hold": hold, **given})
+        kind, given = modernise(kind, given, hold)
+        fields = _changed_fields(kind, given)
         for method in PRESETS:
             NAMED_LOSSES[kind].build(fields, method)
     except (TypeError, ValueError) as error:
