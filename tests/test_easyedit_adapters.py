@@ -246,8 +246,8 @@ class TestHeldSteps:
 
     def test_of_another_thread_are_steps(self, easyeditor):
         """The optimiser that steps may be anybody's; only this thread's are ours to skip."""
-        with held_steps() as note:
-            note(True)
+        with held_steps() as since_last_step:
+            since_last_step.append(True)
             weight = torch.nn.Parameter(torch.ones(1))
             weight.grad = torch.ones(1)
             thread = threading.Thread(target=torch.optim.SGD([weight], lr=1.0).step)
@@ -258,13 +258,12 @@ class TestHeldSteps:
     def test_a_step_over_several_losses_is_taken_unless_all_are_held(self):
         weight = torch.nn.Parameter(torch.ones(1))
         optimiser = torch.optim.SGD([weight], lr=1.0)
-        with held_steps() as note:
-            for held in (True, False):
-                note(held)
+        with held_steps() as since_last_step:
+            since_last_step.extend([True, False])
             weight.grad = torch.ones(1)
             optimiser.step()
             assert weight.item() == 0
-            note(True)
+            since_last_step.append(True)
             weight.grad = torch.ones(1)
             optimiser.step()
             assert weight.item() == 0
@@ -364,8 +363,8 @@ class TestRestore:
         assert self._same(before, self._state())
 
     def test_unknown_methods(self, easyeditor):
-        with pytest.raises(ValueError, match="ROME"):
-            overtone.easyedit.install(["ROME"])
+        with pytest.raises(ValueError, match="KN"):
+            overtone.easyedit.install(["KN"])
         with pytest.raises(TypeError, match="list of names"):
             overtone.easyedit.install("FT")
 
@@ -411,6 +410,13 @@ class TestRefusals:
             tables.ALG_DICT["ROME"]("model", None, [], hparams)
         with pytest.raises(ValueError, match=r"not used by LoRA .ALG_MULTIMODAL_DICT"):
             tables.ALG_MULTIMODAL_DICT["LoRA"]("model", None, [], hparams=hparams)
+
+    def test_methods_that_were_left_out(self, easyeditor):
+        overtone.easyedit.install(["FT"])
+        with pytest.raises(ValueError, match=r"not used by LoRA: .* one of FT$"):
+            edit("LoRA", "overtone")
+        overtone.easyedit.install(["LoRA"])
+        assert edit("LoRA", lambda logits, labels: logits.sum(dim=1) * 0 + 7).losses == [7, 7, 7]
 
     def test_multimodal_wise(self, easyeditor):
         overtone.easyedit.install()
