@@ -83,14 +83,15 @@ class _ForwardSlot:
     def __set_name__(self, owner: Any, name: str) -> None:
         self.owner = owner
 
-    def __get__(self, model: Any, owner: type) -> Any:
-        own = super(self.owner, owner if model is None else model).forward
-        return own if model is None else WatchedForward(model, model.__dict__.get("forward", own))
+    def __get__(self, model: Any, owner: Any) -> Any:
+        if model is None:
+            return self._of_the_class(owner)
+        return WatchedForward(model, model.__dict__.get("forward") or self._of_the_class(model))
 
     def __set__(self, model: Any, forward: Callable[..., Any]) -> None:
         while isinstance(forward, WatchedForward) and forward.model is model:
             forward = forward.forward
-        if forward == super(self.owner, model).forward:
+        if forward == self._of_the_class(model):
             model.__dict__.pop("forward", None)
         else:
             model.__dict__["forward"] = forward
@@ -101,14 +102,16 @@ class _ForwardSlot:
         except KeyError:
             raise AttributeError("forward") from None
 
+    def _of_the_class(self, model_or_class: Any) -> Callable[..., Any]:
+        forward: Callable[..., Any] = getattr(super(self.owner, model_or_class), "forward")  # noqa: B009
+        return forward
+
 
 def watch(model: nn.Module) -> None:
     """Give an unwatched model the class in which its forward is watched."""
-    if not any(
-        "forward" in kind.__dict__ and isinstance(kind.__dict__["forward"], _ForwardSlot)
-        for kind in type(model).__mro__
-    ):
-        model.__class__ = _watched_class(type(model))
+    kind: Any = type(model)
+    if not any(isinstance(one.__dict__.get("forward"), _ForwardSlot) for one in kind.__mro__):
+        model.__class__ = _watched_class(kind)
 
 
 def unwatch(model: nn.Module) -> None:
@@ -145,7 +148,7 @@ def _watched_class(base: Any) -> Any:
     return watched
 
 
-def _rebuild(base: type[nn.Module]) -> Any:
+def _rebuild(base: Any) -> Any:
     watched = _watched_class(base)
     return watched.__new__(watched)
 

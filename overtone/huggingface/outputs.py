@@ -21,7 +21,7 @@ from overtone.huggingface.loss import (
     checked_config,
 )
 from overtone.huggingface.trainers import calling_trainer, items_that_count, smooths_labels
-from overtone.huggingface.wrappers import added_loss, for_virtual_tokens, replaced_loss, virtual_tokens
+from overtone.huggingface.wrappers import added_loss, for_virtual_tokens, is_of_peft, replaced_loss, virtual_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -151,9 +151,7 @@ class ComputeLoss:
 
 def _refuse_losses_of_wrappers(model: nn.Module) -> None:
     for module in model.modules():
-        if not type(module).__module__.startswith("peft."):
-            continue
-        if culprit := replaced_loss(module) or added_loss(module):
+        if is_of_peft(module) and (culprit := replaced_loss(module) or added_loss(module)):
             raise ValueError(
                 f"compute_loss_func cannot train with {culprit}, which PEFT adds only to a loss that the model itself "
                 "computes; use overtone.huggingface.attach(model, config) in its place"

@@ -25,7 +25,9 @@ def calling_frames() -> Iterator[FrameType]:
 def calling_trainer(*functions: str) -> tuple[Any, dict[str, Any]] | None:
     """The Trainer in whose method of one of these names we are, and that method's variables; or None."""
     module = sys.modules.get("transformers.trainer")
-    for frame in calling_frames() if module else ():
+    if module is None:
+        return None
+    for frame in calling_frames():
         # A frame's variables, once looked at, live as long as it does: look at no more frames than needed.
         if frame.f_code.co_name in functions:
             variables = frame.f_locals

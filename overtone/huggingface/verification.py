@@ -136,6 +136,6 @@ def undisturbed(model: Any) -> Iterator[None]:
             for module, mode in training.items():
                 module.training = mode
             if replaced is None:
-                del model._loss_function
+                model.__dict__.pop("_loss_function", None)
             else:
                 model.loss_function = replaced

@@ -14,8 +14,13 @@ def peft_wrappers(inside: nn.Module, causal_lm: nn.Module) -> Iterator[nn.Module
     for module in inside.modules():
         if module is causal_lm:
             return
-        if type(module).__module__.startswith("peft.") and any(inner is causal_lm for inner in module.modules()):
+        if is_of_peft(module) and any(inner is causal_lm for inner in module.modules()):
             yield module
+
+
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether PEFT wrote a module's class."""
+    return type(module).__module__.startswith("peft.")
 
 
 def replaced_loss(wrapper: Any) -> str | None:
@@ -38,7 +43,7 @@ def added_loss(wrapper: Any) -> str | None:
 def virtual_tokens(model: nn.Module) -> int:
     """By how many tokens prompt tuning and its kin lengthen the logits of a model, bare or wrapped."""
     for module in model.modules():
-        config = getattr(module, "active_peft_config", None) if type(module).__module__.startswith("peft.") else None
+        config: Any = getattr(module, "active_peft_config", None) if is_of_peft(module) else None
         # Prefix tuning's tokens are keys and values, and have no logits.
         if getattr(config, "is_prompt_learning", False) and _type_of(config) not in ("PREFIX_TUNING", "CARTRIDGE"):
             return int(config.num_virtual_tokens)
