@@ -1,4 +1,4 @@
-"""An attached loss is the one that trains, or there is an error: however the model's forward is called, in any thread."""
+"""An attached loss is the one that trains, or there is an error: however a forward is called, and in any thread."""
 
 from __future__ import annotations
 
