@@ -14,12 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from overtone.config import OverToneConfig
 from overtone.huggingface.attached_loss import AttachedLoss
 from overtone.huggingface.calls import Calls
-from overtone.huggingface.forward import RECORD, refuse_wrapper, unwatch, watch
+from overtone.huggingface.forward import RECORD, WatchedForward, refuse_wrapper, unwatch, watch
 from overtone.huggingface.fused_head import FusedHead, refuse_unfusable_model
 from overtone.huggingface.holding import can_be_held, cut_off_added_terms
 from overtone.huggingface.loss import EvalLoss, Observer, check_eval_loss, checked_config
 from overtone.huggingface.verification import find_causal_lm, refuse_unsupported_model, verify_loss_is_called
-from overtone.huggingface.wrappers import peft_wrappers
+from overtone.huggingface.wrappers import keeps_forward_of, peft_wrappers
 
 LossFunction = Callable[..., Tensor]
 
@@ -44,6 +44,7 @@ class Record:
         calls: the forwards that are running.
         position_of_labels: of the forward's arguments, for callers that do not name them.
         wrapper_hooks: on PEFT's modules around the model.
+        keepers: those of them that hold the model's forward as their own.
         fused_head: what the fused losses share.
         layers: the losses.
     """
@@ -51,6 +52,7 @@ class Record:
     calls: Calls
     position_of_labels: int
     wrapper_hooks: list[RemovableHandle] = field(default_factory=list)
+    keepers: list[nn.Module] = field(default_factory=list)
     fused_head: FusedHead | None = None
     layers: list[_Layer] = field(default_factory=list)
 
@@ -162,6 +164,9 @@ def attach(
     for wrapper in wrappers:
         if cut_off_added_terms not in wrapper._forward_hooks.values():
             record.wrapper_hooks.append(wrapper.register_forward_hook(cut_off_added_terms))
+        if keeps_forward_of(causal_lm, wrapper):
+            wrapper.forward = WatchedForward(causal_lm, wrapper.__dict__["forward"])
+            record.keepers.append(wrapper)
     if fused and record.fused_head is None:
         record.fused_head = FusedHead(causal_lm, record.calls)
     function = AttachedLoss(config, observer, record.calls, record.fused_head if fused else None, eval_loss)
@@ -211,5 +216,8 @@ def _remove_layer(model: nn.Module, layer: _Layer) -> None:
     if not record.layers:
         for handle in record.wrapper_hooks:
             handle.remove()
+        for keeper in record.keepers:
+            if isinstance(keeper.forward, WatchedForward):
+                keeper.forward = keeper.forward.forward
         delattr(model, RECORD)
         unwatch(model)

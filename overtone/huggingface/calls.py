@@ -33,7 +33,8 @@ class Call:
 class Calls(threading.local):
     """The innermost running forward of one model in this thread; copied and pickled as if nothing were running."""
 
-    current: Call | None = None
+    def __init__(self) -> None:
+        self.current: Call | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A fresh one."""

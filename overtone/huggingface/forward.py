@@ -19,7 +19,7 @@ from overtone.huggingface.calls import Call
 from overtone.huggingface.holding import cut_off_added_terms, cut_off_output
 from overtone.huggingface.trainers import calling_frames, calling_trainer, items_that_count, smooths_labels, trains
 from overtone.huggingface.verification import WAY_OUT, fused_by
-from overtone.huggingface.wrappers import added_loss, for_virtual_tokens, replaced_loss
+from overtone.huggingface.wrappers import added_loss, for_virtual_tokens, refuse_replaced_loss
 
 if TYPE_CHECKING:
     from overtone.huggingface.attachment import Record
@@ -186,14 +186,12 @@ def _refuse_callers(model: nn.Module, record: Record, *, has_labels: bool) -> No
 
 def refuse_wrapper(wrapper: Any, model: nn.Module, *, can_be_held: bool) -> None:
     """Raise a ValueError for a wrapper that replaces the loss, or adds to it unseen while a hold is asked for."""
-    name = type(model).__name__
-    if culprit := replaced_loss(wrapper):
-        raise ValueError(f"model must compute its own loss, got {name} in {culprit}, which replaces it; {WAY_OUT}")
+    refuse_replaced_loss(wrapper)
     is_hooked = any(hook is cut_off_added_terms for hook in wrapper._forward_hooks.values())
     if can_be_held and not is_hooked and (culprit := added_loss(wrapper)):
         raise ValueError(
             f"a held step would not hold {culprit}: attach to the {type(wrapper).__name__}, "
-            f"not to the {name} that it wraps"
+            f"not to the {type(model).__name__} that it wraps"
         )
 
 

@@ -21,7 +21,13 @@ from overtone.huggingface.loss import (
     checked_config,
 )
 from overtone.huggingface.trainers import calling_trainer, items_that_count, smooths_labels
-from overtone.huggingface.wrappers import added_loss, for_virtual_tokens, is_of_peft, replaced_loss, virtual_tokens
+from overtone.huggingface.wrappers import (
+    added_loss,
+    for_virtual_tokens,
+    is_of_peft,
+    refuse_replaced_loss,
+    virtual_tokens,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +105,13 @@ class ComputeLoss:
         num_items_in_batch = items_that_count(num_items_in_batch, {"labels": labels, "loss_mask": loss_mask})
         given: dict[str, Any] = {"labels": labels, "loss_mask": loss_mask}
         if labels is not None and logits.dim() > 2:
-            if added := virtual_tokens(model) if model is not None else 0:
-                given = _lengthened(given, added, logits.shape[-2])
+            if model is not None:
+                given = _lengthened(given, virtual_tokens(model), logits.shape[-2])
+            elif labels.shape[-1] < logits.shape[-2]:
+                raise ValueError(
+                    f"labels must be as many as the logits, got {tuple(labels.shape)} for {tuple(logits.shape)}: where "
+                    "virtual tokens (prompt tuning) lengthen the logits, pass compute_loss_func(config, model=model)"
+                )
             if not self._labels_are_shifted(outputs, model):
                 given = {"labels": None, "shift_labels": given["labels"], "loss_mask": given["loss_mask"]}
         elif labels is not None:
@@ -151,7 +162,10 @@ class ComputeLoss:
 
 def _refuse_losses_of_wrappers(model: nn.Module) -> None:
     for module in model.modules():
-        if is_of_peft(module) and (culprit := replaced_loss(module) or added_loss(module)):
+        if not is_of_peft(module):
+            continue
+        refuse_replaced_loss(module)
+        if culprit := added_loss(module):
             raise ValueError(
                 f"compute_loss_func cannot train with {culprit}, which PEFT adds only to a loss that the model itself "
                 "computes; use overtone.huggingface.attach(model, config) in its place"

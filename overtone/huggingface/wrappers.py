@@ -18,15 +18,23 @@ def peft_wrappers(inside: nn.Module, causal_lm: nn.Module) -> Iterator[nn.Module
             yield module
 
 
+def keeps_forward_of(causal_lm: nn.Module, wrapper: nn.Module) -> bool:
+    """Whether a wrapper has the model's forward as its own, taken when it was made (PEFT's AdaptionPrompt)."""
+    return getattr(wrapper.__dict__.get("forward"), "__self__", None) is causal_lm
+
+
 def is_of_peft(module: nn.Module) -> bool:
     """Whether PEFT wrote a module's class."""
     return type(module).__module__.startswith("peft.")
 
 
-def replaced_loss(wrapper: Any) -> str | None:
-    """By what a wrapper replaces the model's loss, or None."""
-    config = getattr(wrapper, "active_peft_config", None)
-    return "PEFT's CPT" if _type_of(config) == "CPT" else None
+def refuse_replaced_loss(wrapper: Any) -> None:
+    """Raise a ValueError for a wrapper that computes a loss of its own whatever the model's is."""
+    if _type_of(getattr(wrapper, "active_peft_config", None)) == "CPT":
+        raise ValueError(
+            "model must compute its own loss, got PEFT's CPT around it, which replaces the loss by one that weighs its "
+            "context; train it with another tuner (prompt tuning is the nearest)"
+        )
 
 
 def added_loss(wrapper: Any) -> str | None:
