@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats
+
+from overtone.config import PRESETS, RECOMMENDED, OverToneConfig
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "examples" / "results"
@@ -344,6 +347,26 @@ def three_digits(ms: str) -> str:
     if not ms[0].isdigit():
         return ms
     return f"{float(ms):.3g}" if float(ms) < 100 else f"{float(ms):.0f}"
+
+
+def settings_of(configs: dict[str, OverToneConfig]) -> pd.DataFrame:
+    """Fields as they are written in Python, a row a method."""
+    fields = {
+        method: {name: f"`{value!r}`" for name, value in asdict(config).items()} for method, config in configs.items()
+    }
+    return pd.DataFrame(fields).T.rename_axis("method").reset_index()
+
+
+@table
+def presets() -> pd.DataFrame:
+    """The paper's values, from the code."""
+    return settings_of({method: OverToneConfig.preset(method) for method in PRESETS})[["method", *PRESETS["lora"]]]
+
+
+@table
+def recommended() -> pd.DataFrame:
+    """Ours, from the code."""
+    return settings_of({method: OverToneConfig.recommended(method) for method in RECOMMENDED})
 
 
 @table
