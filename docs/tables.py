@@ -117,6 +117,12 @@ def against_best_stop(rows: pd.DataFrame) -> dict[str, list[str]]:
     }
 
 
+def at_first_choice(rows: pd.DataFrame) -> dict[str, list[str]]:
+    """The same rows' cross-entropy stopped at the first choice."""
+    found = rows.average[rows.loss == "cross_entropy:hold=correct"]
+    return {"stopped at the first choice": [number(found.iloc[0]) if len(found) else ""]}
+
+
 WORLDS = "long T=1; short T=1; soft T=1; long T=10; short T=10; soft T=10; short T=100"
 EASYEDIT_WORLDS = "short T=1; short T=10; short T=100"
 PUBLISHED = "wikibio T=1; zsre T=1"
@@ -161,6 +167,7 @@ def one_setting() -> pd.DataFrame:
         ours = rows[rows.loss == "overtone_recommended"].iloc[0]
         each = "difference to best of each column"
         row = {"method": [METHODS[method]], "averaged over": [where.replace(";", ",")]} | against_best_stop(rows)
+        row |= at_first_choice(rows)
         parts.append(
             columns(
                 row | {"recommended minus the best threshold of each column": [difference(ours, each, f"{each} clear")]}
