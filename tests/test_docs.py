@@ -87,9 +87,8 @@ def without_tables_and_code(text):
 
 
 def sections_with_tables():
-    """Of the pages that report results, by their headings."""
-    pages = [ROOT / "README.md", ROOT / "docs/results.md"]
-    sections = [part for page in pages for part in re.split(r"^#+ ", page.read_text(), flags=re.MULTILINE)]
+    """Of all pages, by their headings."""
+    sections = [part for page in tables.PAGES for part in re.split(r"^#+ ", page.read_text(), flags=re.MULTILINE)]
     return {part.splitlines()[0]: part for part in sections if "<!-- table " in part}
 
 
