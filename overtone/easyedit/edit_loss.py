@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from overtone.functional import ground_truth_check
-from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
+from overtone.hold import is_settled, read_hold, refuse_hold_when_distributed, release_when_held, replace_old_names
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (N, V), labels (N,)) -> loss (N,)``, labels without ignored positions."""
@@ -33,7 +33,7 @@ class EditLoss:
     description: str
     token_loss: TokenLoss
     settled_below: float = 0.0
-    hold: Hold = False
+    hold: bool | float = False
     hold_correct: bool = False
 
     def __call__(self, logits: Tensor, labels: Tensor, *, may_hold: bool = True) -> tuple[Tensor, bool]:
@@ -55,12 +55,12 @@ class EditLoss:
         values = self._clipped(unclipped, correct)
         if not may_hold:
             return values, False
-        refuse_hold_when_distributed(self.hold)
-        held = release_when_held(values, unclipped.detach(), self.settled_below, self.hold, correct) is not values
+        hold = read_hold(replace_old_names(None, {"hold_settled": self.hold, "hold_correct": self.hold_correct}))
+        refuse_hold_when_distributed(hold)
+        held = release_when_held(values, unclipped.detach(), self.settled_below, hold, correct) is not values
         return values, held
 
     def _clipped(self, unclipped: Tensor, correct: Tensor | None) -> Tensor:
         if self.settled_below == 0:
             return unclipped
-        settled = unclipped < self.settled_below
-        return torch.where(settled if correct is None else settled & correct, self.settled_below, unclipped)
+        return torch.where(is_settled(unclipped, self.settled_below, correct), self.settled_below, unclipped)

@@ -15,16 +15,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from overtone import OverToneConfig, overtone_loss
-from overtone.checks import check_hold
 from overtone.easyedit.edit_loss import EditLoss
-from overtone.hold import Hold
+from overtone.hold import OLD_NAMES, old_values, read_hold
 
 KEY = "token_loss"
 
-DEFAULT_HOLD: dict[str, Hold] = {"ft-m": True, "lora": True, "melo": True, "wise": True}
+DEFAULT_HOLD: dict[str, bool | float] = {"ft-m": True, "lora": True, "melo": True, "wise": True}
 """When an edit needs nothing more, by method; chosen by measurement, see examples/easyedit/results."""
 
-_FIELDS = [field.name for field in fields(OverToneConfig)]
+_FIELDS = [*(field.name for field in fields(OverToneConfig)), *OLD_NAMES]
 
 WISE_OPTIONS = ("activation_scale", "context_templates")
 PAPER_ACTIVATION_SCALE = 0.6
@@ -93,7 +92,7 @@ def floats_from_strings(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _overtone(options: dict[str, Any], method: str) -> EditLoss:
-    changes = {"hold_settled": DEFAULT_HOLD[method], **_known(options, _FIELDS, "overtone")}
+    changes = {"hold": DEFAULT_HOLD[method], **_known(options, _FIELDS, "overtone")}
     return _held_overtone(OverToneConfig.preset(method, **changes))
 
 
@@ -102,14 +101,15 @@ def _overtone_recommended(options: dict[str, Any], method: str) -> EditLoss:
 
 
 def _held_overtone(config: OverToneConfig) -> EditLoss:
-    settings = {**config.as_kwargs(), "epsilon": 0, "hold_settled": False, "hold_correct": False}
+    settings = {**config.as_kwargs(), "epsilon": 0, "hold": None}
+    hold = old_values(config.hold)
     return EditLoss(
         f"overtone (epsilon={config.epsilon}, n_sigma={config.n_sigma}, lam={config.lam}, check={config.check}, "
-        f"hold_settled={config.hold_settled}, hold_correct={config.hold_correct})",
+        f"hold={config.hold!r})",
         partial(overtone_loss, reduction="none", **settings),
         settled_below=config.epsilon,
-        hold=config.hold_settled,
-        hold_correct=config.hold_correct,
+        hold=hold["hold_settled"],
+        hold_correct=bool(hold["hold_correct"]),
     )
 
 
@@ -145,15 +145,15 @@ def _smoothed(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     return cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
 
 
-def _mean_hold(options: dict[str, Any], name: str) -> Hold:
-    hold: Hold = options.get("hold_settled", False)
+def _mean_hold(options: dict[str, Any], name: str) -> bool | float:
+    hold: bool | float = options.get("hold_settled", False)
     if hold is True:
         raise ValueError(
             f"{KEY}: {name} has no threshold at which a token is settled: hold_settled must be false or the mean loss "
             "at which to hold, got True"
         )
     try:
-        check_hold(hold)
+        read_hold(hold)
     except (TypeError, ValueError) as error:
         raise type(error)(
             f"{KEY}: {name}: hold_settled must be false or the mean loss above 0 at which to hold, got {hold!r}"

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overtone.config import PRESETS, OverToneConfig
+from overtone.hold import OLD_NAMES, old_values
 from overtone.lab.registry import look_up
 from overtone.loss import OverToneLoss
 
@@ -81,7 +82,7 @@ class _FirstLogitsAsReference:
         return loss
 
 
-_OVERTONE_FIELDS = (*(setting.name for setting in fields(OverToneConfig)), "dynamic")
+_OVERTONE_FIELDS = (*(setting.name for setting in fields(OverToneConfig)), *OLD_NAMES, "dynamic")
 _FIELDS: Mapping[str, tuple[str, ...]] = {
     "cross_entropy": (),
     "early_stopping": ("stop_below",),
@@ -97,6 +98,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "label_smoothing": 0.1,
     "dynamic": True,
     **{setting.name: setting.default for setting in fields(OverToneConfig) if setting.name not in PRESETS["lora"]},
+    **old_values(None),
 }
 """Of the fields that no method's preset decides: given with these values they change nothing."""
 
