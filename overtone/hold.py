@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -159,8 +159,24 @@ def without_effect(loss: Tensor) -> Tensor:
     goes through the model with zeros, which add nothing to them.
     """
     if are_several_ranks(None) and _has_gradients_below(loss):
-        return loss.detach() + 0 * loss
+        zeroed: Tensor = _ZeroGradient.apply(loss)  # type: ignore[no-untyped-call]
+        return zeroed
     return loss.detach().requires_grad_().clone()
+
+
+def sends_nothing(node: torch.autograd.graph.Node) -> bool:
+    """Whether it is the place in a graph where `without_effect` has put zeros."""
+    return node.name() == "_ZeroGradientBackward"
+
+
+class _ZeroGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.zeros_like(grad)
 
 
 def are_several_ranks(group: ProcessGroup | None) -> bool:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from overtone.config import OverToneConfig
+from overtone.hold import sends_nothing, without_effect
 
 _MARK = "_overtone_is_held"
 
 
 def can_be_held(config: OverToneConfig) -> bool:
     """Whether the settings ask for a hold."""
-    return config.hold_settled is not False
+    return config.hold is not None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -29,20 +32,28 @@ def is_cut_off(loss: Tensor, *sources: Tensor | None) -> bool:
         if node in wanted:
             return False
         seen.add(node)
+        if sends_nothing(node):
+            continue
         waiting.extend(parent for parent, _ in node.next_functions if parent is not None and parent not in seen)
     return bool(wanted)
 
 
-def cut_off(loss: Tensor) -> Tensor:
-    """The same value with a graph of its own that ends at once: `backward` works and reaches no parameter."""
-    return loss.detach().requires_grad_().clone()
+def let_shards_go(modules: Iterable[object]) -> None:
+    """Give up the whole weights that FSDP2 keeps until a backward pass, which a held step has none of.
+
+    They would be used again, as they are, in the next forward, past an optimiser's step in between.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in modules if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def cut_off_output(output: Any) -> Any:
     """A model's output whose loss is cut off, marked for the wrappers that add to that loss."""
     if isinstance(output, tuple):
-        return (cut_off(output[0]), *output[1:])
-    output.loss = cut_off(output.loss)
+        return (without_effect(output[0]), *output[1:])
+    output.loss = without_effect(output.loss)
     object.__setattr__(output, _MARK, True)
     return output
 
@@ -50,4 +61,4 @@ def cut_off_output(output: Any) -> Any:
 def cut_off_added_terms(wrapper: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """A forward hook for a wrapper: whatever it has added to a held loss is held too."""
     if getattr(output, _MARK, False):
-        output.loss = cut_off(output.loss)
+        output.loss = without_effect(output.loss)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from overtone.config import OverToneConfig
+from overtone.hold import without_effect
 from overtone.huggingface.alignment import labels_are_shifted
-from overtone.huggingface.holding import can_be_held, cut_off, is_cut_off
+from overtone.huggingface.holding import can_be_held, is_cut_off, let_shards_go
 from overtone.huggingface.loss import (
     CROSS_ENTROPY,
     EvalLoss,
@@ -120,10 +121,13 @@ class ComputeLoss:
         loss = causal_lm_loss(
             logits, config=config, num_items_in_batch=num_items_in_batch, observer=self.observer, **given
         )
+        is_held = can_be_held(config) and is_cut_off(loss, logits)
+        if is_held and model is not None:
+            let_shards_go(model.modules())
         if auxiliary is None:
             return loss
         total = loss + auxiliary.to(loss.device)
-        return cut_off(total) if can_be_held(config) and is_cut_off(loss, logits) else total
+        return without_effect(total) if is_held else total
 
     def __getstate__(self) -> dict[str, Any]:
         """For the processes that a launcher spawns: without what was learned about models of this one."""
