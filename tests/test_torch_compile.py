@@ -1,23 +1,16 @@
-"""The row functions as torch.compile fuses them on a GPU, here on the CPU: the same numbers, one compilation."""
+"""The kernel of PyTorch operations as torch.compile compiles it on a GPU, here on the CPU."""
 
 import logging
-import math
 import shutil
 
 import pytest
 import torch
 from gradients import value_and_gradient
+from kernel_cases import SETTINGS
 
-from overtone import closed_form, compiled, linear_overtone_loss, native, overtone_loss, rows
+from overtone import kernels, linear_overtone_loss, overtone_loss
 from overtone.functional import reference_loss
-
-SETTINGS = [
-    {},
-    {"n_sigma": None},
-    {"check": False, "lam": 0.5},
-    {"lam": 1.0, "epsilon": 0.0},
-    {"lam": 0.0, "n_sigma": 1.0},
-]
+from overtone.kernels import torch as torch_kernel
 
 
 def draw_tokens(count, vocabulary, dtype):
@@ -35,25 +28,21 @@ def draw_tokens(count, vocabulary, dtype):
 def always_compiled(monkeypatch):
     """Every call compiles, however small, and on the CPU too; the compiler starts anew."""
     torch._dynamo.reset()
-    monkeypatch.setattr(native, "BUILD_FROM", math.inf)
-    monkeypatch.setattr(compiled.Fused, "is_worthwhile", lambda self, logits: bool(self._compiled))
-    functions = (
-        closed_form.kl_of_rows,
-        closed_form.write_gradient_of_others,
-        closed_form.become_gradient_of_others,
-    )
-    monkeypatch.setattr(rows, "_fused", compiled.Fused(*functions))
+    monkeypatch.setattr(kernels.CPU, "serves", lambda logits: False)
+    monkeypatch.setattr(kernels.TORCH, "compiled", torch_kernel.CompiledFunctions())
+    monkeypatch.setattr(torch_kernel.CompiledFunctions, "is_worthwhile", lambda self, logits: not self.is_broken)
     yield
     torch._dynamo.reset()
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-class TestFused:
+class TestCompiled:
     @pytest.fixture(autouse=True)
     def compiler_is_kept(self, always_compiled):
         """A recompilation that a test forbids is an error at which the functions run uncompiled from then on."""
         yield
-        assert rows._fused._compiled
+        assert kernels.TORCH.compiled._compiled
+        assert not kernels.TORCH.compiled.is_broken
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_equals_the_reference_and_compiles_once(self, dtype, always_compiled):
@@ -132,7 +121,7 @@ class TestFused:
         assert (sliced - exact).abs().max() <= (yardstick - exact).abs().max() + rounding
 
     def test_inside_a_compiled_step(self, always_compiled):
-        """A user's own compiled step holds the loss as whole nodes, in which the fused functions run."""
+        """A user's own compiled step holds the loss as whole nodes, in which the compiled functions run."""
         logits, labels = draw_tokens(12, 200, torch.float32)
         step = torch.compile(overtone_loss, fullgraph=True)
         expected = value_and_gradient(reference_loss, logits, labels)
@@ -165,10 +154,9 @@ class TestWithoutCompiler:
         def forbidden(*arguments):
             raise AssertionError("compiled")
 
-        monkeypatch.setattr(native, "BUILD_FROM", math.inf)
-        monkeypatch.setattr(rows._fused, "_compiled", dict.fromkeys(rows._fused._compiled, forbidden))
+        monkeypatch.setattr(kernels.CPU, "serves", lambda logits: False)
         monkeypatch.setattr(torch, "compile", forbidden)
-        for vocabulary in (70, compiled.COMPILE_FROM):
+        for vocabulary in (70, torch_kernel.COMPILE_FROM):
             value_and_gradient(overtone_loss, *draw_tokens(9, vocabulary, torch.float32))
-        assert not rows._fused.is_worthwhile(torch.empty(9, 70, device="meta"))
-        assert rows._fused.is_worthwhile(torch.empty(9, compiled.COMPILE_FROM, device="meta"))
+        assert not kernels.TORCH.compiled.is_worthwhile(torch.empty(9, 70, device="meta"))
+        assert kernels.TORCH.compiled.is_worthwhile(torch.empty(9, torch_kernel.COMPILE_FROM, device="meta"))
