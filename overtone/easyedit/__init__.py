@@ -1,6 +1,7 @@
 """OverTone in EasyEdit: one key in the hparams of its trainers, nothing changed without it.
 
-FT-M, LoRA, MELO and WISE, as in the paper; their twins; ROME, MEMIT and the others that optimise one vector; GRACE, DEFER.
+FT-M, LoRA, MELO and WISE, as in the paper; their twins; ROME, MEMIT and the others that optimise one vector; GRACE and
+DEFER. Others refuse the key.
 
     import overtone.easyedit
     overtone.easyedit.install()                        # once; easyeditor importable
