@@ -15,7 +15,7 @@ from overtone import OverToneConfig
 from overtone.huggingface import DataCollatorWithLossMask, TokenStatesCallback, attach, compute_loss_func
 
 CONSTANT = OverToneConfig(epsilon=100.0)
-HELD = OverToneConfig(epsilon=50.0, hold_settled=True)
+HELD = OverToneConfig(epsilon=50.0, hold="settled")
 
 
 @pytest.fixture

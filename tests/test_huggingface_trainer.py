@@ -22,7 +22,7 @@ from overtone.huggingface import TokenStatesCallback, attach, causal_lm_loss, co
 trl = pytest.importorskip("trl", reason="TRL is not in EasyEdit's environment, where other tests are collected")
 SFTConfig, SFTTrainer = trl.SFTConfig, trl.SFTTrainer
 
-HELD = OverToneConfig(epsilon=50.0, hold_settled=True)
+HELD = OverToneConfig(epsilon=50.0, hold="settled")
 
 
 class Gradients(TrainerCallback):
@@ -237,10 +237,10 @@ class TestTokenStatesCallback:
         logged = trainer.state.log_history[0]
         assert logged["accuracy"] == pytest.approx((states.correct.sum() / states.counted.sum()).item())
 
-    @pytest.mark.parametrize(("hold_settled", "epsilon"), [(False, 50.0), (True, 50.0), (100.0, 1e-6)])
-    def test_stops_when_the_batch_has_been_held(self, hold_settled, epsilon, tmp_path):
+    @pytest.mark.parametrize(("hold", "epsilon"), [(None, 50.0), ("settled", 50.0), (100.0, 1e-6)])
+    def test_stops_when_the_batch_has_been_held(self, hold, epsilon, tmp_path):
         """After the given number of held steps in a row, with or without the hold in the loss itself."""
-        config = OverToneConfig(epsilon=epsilon, hold_settled=hold_settled)
+        config = OverToneConfig(epsilon=epsilon, hold=hold)
         model = tiny_models.build()
         batch = tiny_models.ragged_batch(model)
         callback = TokenStatesCallback(config, stop_after_held=3)
@@ -255,12 +255,12 @@ class TestTokenStatesCallback:
         assert trainer.state.global_step == 3
 
     @pytest.mark.parametrize(
-        ("hold_settled", "epsilon", "hold_correct"),
-        [(True, 1e-6, False), (1e-6, 50.0, False), (100.0, 50.0, True), (float("inf"), 0.0, True)],
+        ("hold", "epsilon"),
+        [("settled", 1e-6), (1e-6, 50.0), (("correct", 100.0), 50.0), ("correct", 0.0)],
     )
-    def test_does_not_stop_while_there_is_something_to_learn(self, hold_settled, epsilon, hold_correct, tmp_path):
+    def test_does_not_stop_while_there_is_something_to_learn(self, hold, epsilon, tmp_path):
         """One token that is not settled is enough, a mean KL above the number, or a token that is not said yet."""
-        config = OverToneConfig(epsilon=epsilon, hold_settled=hold_settled, hold_correct=hold_correct)
+        config = OverToneConfig(epsilon=epsilon, hold=hold)
         model = tiny_models.build()
         callback = TokenStatesCallback(config, stop_after_held=1)
         compute = compute_loss_func(config, observer=callback.observe)
@@ -275,10 +275,10 @@ class TestTokenStatesCallback:
         trainer.train()
         assert trainer.state.global_step == 4
 
-    @pytest.mark.parametrize(("hold_settled", "epsilon"), [(True, 0.1), (0.3, 0.1)])
-    def test_a_step_is_held_when_each_micro_batch_is(self, hold_settled, epsilon):
+    @pytest.mark.parametrize(("hold", "epsilon"), [("settled", 0.1), (0.3, 0.1)])
+    def test_a_step_is_held_when_each_micro_batch_is(self, hold, epsilon):
         """As the loss decides: one micro-batch that sends a gradient is enough, though the step's mean KL is small."""
-        config = OverToneConfig(epsilon=epsilon, hold_settled=hold_settled)
+        config = OverToneConfig(epsilon=epsilon, hold=hold)
         callback = TokenStatesCallback(config, stop_after_held=1)
         control = types.SimpleNamespace(should_training_stop=False)
         labels = torch.ones(1, 8, dtype=torch.long)
@@ -328,7 +328,7 @@ class TestTokenStatesCallback:
         with pytest.raises(AssertionError, match="No inf checks were recorded"):
             scaler.step(optimizer)
         callback, fp16 = TokenStatesCallback(HELD), types.SimpleNamespace(fp16=True, device=torch.device("cuda"))
-        with pytest.raises(ValueError, match="hold_settled=True cannot be used with fp16=True"):
+        with pytest.raises(ValueError, match="hold='settled' cannot be used with fp16=True"):
             callback.on_train_begin(fp16, None, None)
         TokenStatesCallback().on_train_begin(fp16, None, None)
 
