@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 from peft import AdaLoraConfig, get_peft_model
-from test_huggingface_trainer import arguments, trained_gradients
+from tiny_trainer import arguments, trained_gradients
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from overtone import OverToneConfig

@@ -11,7 +11,7 @@ import tiny_models
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from test_huggingface_trainer import arguments, trained_gradients
+from tiny_trainer import arguments, trained_gradients
 from transformers import PreTrainedModel
 
 from overtone import OverToneConfig
