@@ -7,14 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from overtone.config import OverToneConfig
-
 _MARK = "_overtone_is_held"
-
-
-def can_be_held(config: OverToneConfig) -> bool:
-    """Whether the settings ask for a hold."""
-    return config.hold_settled is not False
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from overtone.config import OverToneConfig
 from overtone.huggingface.alignment import labels_are_shifted
-from overtone.huggingface.holding import can_be_held, cut_off, is_cut_off
+from overtone.huggingface.holding import cut_off, is_cut_off
 from overtone.huggingface.loss import (
     CROSS_ENTROPY,
     EvalLoss,
@@ -123,7 +123,7 @@ class ComputeLoss:
         if auxiliary is None:
             return loss
         total = loss + auxiliary.to(loss.device)
-        return cut_off(total) if can_be_held(config) and is_cut_off(loss, logits) else total
+        return cut_off(total) if config.hold is not None and is_cut_off(loss, logits) else total
 
     def __getstate__(self) -> dict[str, Any]:
         """For the processes that a launcher spawns: without what was learned about models of this one."""
