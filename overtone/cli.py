@@ -166,9 +166,8 @@ def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from overtone.lab.report.frame import load_results
-    from overtone.lab.report.tables import editing_table
     from overtone.lab.report.terminal import averages_by_length, measures_of_single_edits
-    from overtone.lab.report.write import write_report, write_short_report
+    from overtone.lab.report.write import Report, write_report, write_short_report
     from overtone.lab.run.progress import perform_with_progress
     from overtone.lab.run.run import Run, default_workers
     from overtone.lab.run.settings import preset
@@ -189,7 +188,8 @@ def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         if run.shard.rank != 0:
             return 0
         results = load_results(arguments.out)
-        written = (write_short_report if is_demo else write_report)(arguments.out, arguments.out)
+        report = Report.of(results)
+        written = (write_short_report if is_demo else write_report)(report, arguments.out)
     except (OSError, RuntimeError, ValueError, MemoryError) as error:
         # A MemoryError says nothing but its name.
         return _fail(f"{str(error) or type(error).__name__}; {_RESUMABLE}", exit_code=1)
@@ -197,7 +197,7 @@ def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     for model in results.header["models"]:
         known = ", ".join(f"{share:.1%} of the {group}" for group, share in model["knowledge"].items())
         console.print(f"{model['data']}, seed {model['seed']}: {model['title']}; it knew {known} before the edits")
-    console.print((measures_of_single_edits if is_demo else averages_by_length)(editing_table(results.edits)))
+    console.print((measures_of_single_edits if is_demo else averages_by_length)(report.editing))
     failed = results.edits["error"].notna().sum()
     if failed:
         console.print(f"{failed} of {len(results.edits)} edits failed: their errors stand in the results")
@@ -224,21 +224,19 @@ def _report(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from overtone.lab.report.frame import load_results
-    from overtone.lab.report.tables import editing_table
     from overtone.lab.report.terminal import averages_by_length
-    from overtone.lab.report.write import write_report
+    from overtone.lab.report.write import Report, write_report
 
     folder: Path = arguments.results
     if (arguments.losses or arguments.seeds) and arguments.out is None:
         return _fail("--losses and --seeds need --out: their report would replace that of all results")
     try:
-        chosen = {"losses": arguments.losses, "seeds": arguments.seeds}
-        results = load_results(folder, **chosen)
-        written = write_report(folder, arguments.out or folder, **chosen)
+        report = Report.of(load_results(folder, losses=arguments.losses, seeds=arguments.seeds))
+        written = write_report(report, arguments.out or folder)
     except (ValueError, OSError) as error:
         return _fail(str(error))
     console = Console()
-    console.print(averages_by_length(editing_table(results.edits)))
+    console.print(averages_by_length(report.editing))
     console.print(f"Written: {written[0]} and what it names")
     return 0
 

@@ -21,7 +21,6 @@ def document(
     tables: Mapping[str, Sequence[Block]],
     images: Mapping[str, Sequence[str]],
     *,
-    folder: str,
     files: Sequence[str],
 ) -> str:
     """The whole of report.md.
@@ -30,7 +29,6 @@ def document(
         results: what was read.
         tables: "editing", "questions", "ablations" and "overall".
         images: kind of figure to its files, relative to the report.
-        folder: name of the results folder.
         files: names of the CSV files.
     """
     environment = jinja2.Environment(
@@ -45,7 +43,6 @@ def document(
     settings = edits[["method", "settings"]].drop_duplicates()
     return environment.get_template("report.md.jinja").render(
         header=results.header,
-        folder=folder,
         files=files,
         data=list(map(data_title, edits["data"].cat.categories)),
         seeds=sorted(edits["seed"].unique()),

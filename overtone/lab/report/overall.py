@@ -62,7 +62,8 @@ def _rows(values: pd.DataFrame) -> Iterator[dict[str, Any]]:
         return
     cells = values[losses[0]].columns
     group = math.lcm(*(length for length, _ in cells))
-    units = pd.Series([(seed, index // group) for seed, index in values.index], index=values.index)
+    seeds, indices = (values.index.get_level_values(level) for level in (0, 1))
+    units = pd.Series(values.groupby([seeds, indices // group]).ngroup(), index=values.index)
     is_whole = values.notna().groupby(units).any().all(axis="columns")
     values = values[units.isin(is_whole[is_whole].index)]
     if values.empty:

@@ -6,11 +6,11 @@ of which two are not the mean of their row. The paper gives no intervals.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
-
-import pandas as pd
+from typing import Any
 
 PAPER_METHODS = {
     "ft-m": "FT-M",
@@ -37,40 +37,48 @@ ABLATION_ROWS = {
 }
 """Loss specs by their row in Table 3."""
 
-PaperRows = Callable[[str, int, str, str], pd.DataFrame]
-"""The paper's rows beside data, T, method and loss: the columns of paper.csv that have a number, and ``source``."""
+_MEASURES = ("rel", "gen", "por", "loc", "single-hop", "multi-hop", "average")
+
+PaperRow = dict[str, Any]
+"""The numbers of a printed row by the column of paper.csv, and its ``source``."""
+
+PaperRows = Callable[[str, int, str, str], list[PaperRow]]
+"""The paper's rows beside data, T, method and loss; none where it has no such row."""
 
 
-@lru_cache
-def printed() -> pd.DataFrame:
-    """All of paper.csv."""
+@cache
+def printed() -> list[dict[str, str]]:
+    """The lines of paper.csv."""
     with files(__package__).joinpath("paper.csv").open(encoding="utf-8") as file:
-        return pd.read_csv(file)
+        return list(csv.DictReader(file))
 
 
-def editing_rows(data: str, length: int, method: str, loss: str) -> pd.DataFrame:
+def editing_rows(data: str, length: int, method: str, loss: str) -> list[PaperRow]:
     """The rows of Tables 1, 4 and 5."""
     row = PAPER_METHODS.get(method, "")
     if method not in WITHOUT_TOKEN_LOSS:
         row = {"cross_entropy": row, "overtone": f"{row} + Ours"}.get(loss, "")
-    return _rows((1, 4, 5), data, length, row, f", T = {length}")
+    return _rows("145", data, length, row, f", T = {length}")
 
 
-def question_rows(data: str, length: int, method: str, loss: str) -> pd.DataFrame:
+def question_rows(data: str, length: int, method: str, loss: str) -> list[PaperRow]:
     """The rows of Table 2 (MQuAKE, single edits)."""
     row = {"cross_entropy": "{}", "overtone": "{} + Ours"}.get(loss, "").format(PAPER_METHODS.get(method))
-    return _rows((2,), data, length, row)
+    return _rows("2", data, length, row)
 
 
-def ablation_rows(data: str, length: int, method: str, loss: str) -> pd.DataFrame:
+def ablation_rows(data: str, length: int, method: str, loss: str) -> list[PaperRow]:
     """The rows of Table 3 (ZsRE, single edits, LoRA)."""
     row = ABLATION_ROWS.get(loss, "") if PAPER_METHODS.get(method) == "LoRA" else ""
-    return _rows((3,), data, length, row)
+    return _rows("3", data, length, row)
 
 
-def _rows(tables: tuple[int, ...], data: str, length: int, row: str, ending: str = "") -> pd.DataFrame:
-    every = printed()
-    is_asked = every["table"].isin(tables) & (every["row"] == row)
-    found = every[is_asked & (every["data"] == data) & (every["length"] == length)].dropna(axis="columns")
-    sources = "Table " + found["table"].astype(str) + ", " + found["model"] + ", " + found["row"] + ending
-    return found.assign(source=sources).drop(columns=["table", "model", "data", "length", "row"])
+def _rows(tables: str, data: str, length: int, row: str, ending: str = "") -> list[PaperRow]:
+    return [
+        {
+            "source": f"Table {line['table']}, {line['model']}, {row}{ending}",
+            **{name: float(line[name]) for name in _MEASURES if line[name]},
+        }
+        for line in printed()
+        if line["table"] in tables and (line["data"], line["length"], line["row"]) == (data, str(length), row)
+    ]

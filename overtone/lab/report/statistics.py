@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm, t
 
 RESAMPLES = 9999
@@ -38,21 +37,20 @@ class Estimate:
         return self.low > _ROUNDING or self.high < -_ROUNDING
 
 
-def bootstrap_mean(values: pd.Series, units: Any) -> Estimate:
+def bootstrap_mean(values: ArrayLike, units: ArrayLike) -> Estimate:
     """The mean of the values that are not NaN, and its 95% percentile interval over resampled units.
 
     Args:
-        values: one per edit.
-        units: what each edit belongs to, as `pandas.Series.groupby` takes it.
+        values: one per edit, (N,).
+        units: what each edit belongs to, (N,).
 
     Raises:
         ValueError: no values.
     """
-    mean, resampled = _resample(values.to_frame(), units)
-    return _interval(mean, resampled, stretch=1.0)
+    return _estimate(np.asarray(values, dtype=np.float64)[:, None], np.asarray(units), is_stretched=False)
 
 
-def bootstrap_difference(differences: pd.DataFrame, units: Any) -> Estimate:
+def bootstrap_difference(differences: ArrayLike, units: ArrayLike) -> Estimate:
     """The mean over columns of each column's mean difference, with a stretched interval.
 
     A resample draws the same units in every column, so that columns of the same edits count as what they are. Both ends
@@ -60,36 +58,38 @@ def bootstrap_difference(differences: pd.DataFrame, units: Any) -> Estimate:
     number of units and t the 97.5% quantile of Student's t with n - 1 degrees of freedom.
 
     Args:
-        differences: a row an edit; NaN where one of the two losses does not have it.
-        units: what each row belongs to; every unit has a difference in every column.
+        differences: (N, columns), a row an edit; NaN where one of the two losses does not have it.
+        units: what each row belongs to, (N,); every unit has a difference in every column.
 
     Raises:
         ValueError: no differences.
     """
-    differences = differences.dropna(how="all")
-    mean, resampled = _resample(differences, units)
-    count = differences.groupby(units).ngroups
-    stretch = math.sqrt(count / (count - 1)) * t.ppf(0.975, count - 1) / norm.ppf(0.975) if count > 1 else math.nan
-    return _interval(mean, resampled, stretch=float(stretch))
+    return _estimate(np.asarray(differences, dtype=np.float64), np.asarray(units), is_stretched=True)
 
 
-def _resample(values: pd.DataFrame, units: Any) -> tuple[float, NDArray[np.float64] | None]:
-    grouped = values.dropna(how="all").groupby(units)
-    sums, counts = grouped.sum().to_numpy(), grouped.count().to_numpy()
-    if not len(sums):
+def _estimate(values: NDArray[np.float64], units: NDArray[Any], *, is_stretched: bool) -> Estimate:
+    is_there = ~np.isnan(values)
+    has_any = is_there.any(axis=1)
+    if not has_any.any():
         raise ValueError("values are empty: there is nothing to average")
+    values, is_there = np.nan_to_num(values[has_any]), is_there[has_any]
+    _, unit = np.unique(units[has_any], return_inverse=True)
+    sums, counts = (
+        np.stack([np.bincount(unit, weights=column) for column in table.T], axis=1) for table in (values, is_there)
+    )
     mean = float((sums.sum(axis=0) / counts.sum(axis=0)).mean())
     if len(sums) == 1:
-        return mean, None
-    draws = _draws(len(sums))
-    return mean, ((draws @ sums) / (draws @ counts)).mean(axis=1)
-
-
-def _interval(mean: float, resampled: NDArray[np.float64] | None, *, stretch: float) -> Estimate:
-    if resampled is None:
         return Estimate(mean, math.nan, math.nan)
-    low, high = (mean + stretch * (float(end) - mean) for end in np.percentile(resampled, [2.5, 97.5]))
-    return Estimate(mean, low, high)
+    draws = _draws(len(sums))
+    ends = np.percentile(((draws @ sums) / (draws @ counts)).mean(axis=1), [2.5, 97.5])
+    low, high = mean + (_stretch(len(sums)) if is_stretched else 1.0) * (ends - mean)
+    return Estimate(mean, float(low), float(high))
+
+
+@cache
+def _stretch(units: int) -> float:
+    """From a percentile interval, which is a normal one with n for n - 1, to one of Student's t."""
+    return math.sqrt(units / (units - 1)) * float(t.ppf(0.975, units - 1) / norm.ppf(0.975))
 
 
 @lru_cache(maxsize=4)

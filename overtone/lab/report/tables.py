@@ -107,7 +107,7 @@ def _table(edits: pd.DataFrame, measures: Sequence[str], rivals: Rivals, paper: 
         for row in _block(block, measures, rivals):
             row = {**dict(zip(BLOCK, where, strict=True)), "lr": block["lr"].iloc[0], **row}
             rows.append(row)
-            for printed in paper(row["data"], row["length"], row["method"], row["loss"]).to_dict("records"):
+            for printed in paper(row["data"], row["length"], row["method"], row["loss"]):
                 source = f"paper, {printed.pop('source')}"
                 said = {name: value / 100 for name, value in printed.items()}
                 rows.append({**{name: row[name] for name in (*BLOCK, "loss")}, "source": source, **said})
