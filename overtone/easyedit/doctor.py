@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from overtone.easyedit.hparams import read_yaml
 from overtone.easyedit.installation import TRAINERS, import_easyeditor, installed
+from overtone.easyedit.loading import read_yaml
 from overtone.easyedit.trainers import Trainer
 from overtone.easyedit.traps import Trap, traps
 

@@ -6,14 +6,17 @@ import functools
 import importlib
 import threading
 from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from overtone.easyedit.ft import FT, FT_UNS
-from overtone.easyedit.hparams import KEY, choose, loader
+from overtone.easyedit.hparams import KEY, choose, logger
+from overtone.easyedit.loading import loader
 from overtone.easyedit.lora import LORA, LORA_UNS, QLORA
 from overtone.easyedit.melo import MELO
 from overtone.easyedit.patching import Patches
-from overtone.easyedit.running import logger
 from overtone.easyedit.trainers import MODELS, SeamError, Trainer
 from overtone.easyedit.traps import traps
 from overtone.easyedit.wise import WISE
@@ -97,15 +100,33 @@ def _wanted(methods: Iterable[str] | None) -> list[Trainer]:
     return [by_name[name] for name in methods]
 
 
+HOW_TO_GET_IT = (
+    "clone https://github.com/zjunlp/EasyEdit, pip install -r its requirements.txt, and put the clone on PYTHONPATH"
+)
+
+
 def import_easyeditor() -> None:
     """Import the framework with all its trainers, or raise an ImportError that says how to get it."""
+    if _is_old_package():
+        raise ImportError(
+            f"this is the package easyeditor {version('easyeditor')}, which PyPI has from October 2023: it has no MELO "
+            f"and no WISE, and wants other versions of everything. pip uninstall easyeditor, then {HOW_TO_GET_IT}"
+        )
     try:
         importlib.import_module("easyeditor.util.alg_dict")
     except ImportError as error:
-        raise ImportError(
-            f"EasyEdit cannot be imported ({error}): clone https://github.com/zjunlp/EasyEdit, "
-            "pip install -r its requirements.txt, and put the clone on PYTHONPATH"
-        ) from error
+        raise ImportError(f"EasyEdit cannot be imported ({error}): {HOW_TO_GET_IT}") from error
+
+
+def _is_old_package() -> bool:
+    """Whether easyeditor comes from a package index; a clone has no version, and since 2024 it has MELO."""
+    spec = find_spec("easyeditor")
+    folders = (spec and spec.submodule_search_locations) or ()
+    try:
+        version("easyeditor")
+    except PackageNotFoundError:
+        return False
+    return not any(Path(folder, "models", "melo").exists() for folder in folders)
 
 
 def _trainer_of(cls: type) -> Trainer | None:
