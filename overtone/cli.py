@@ -76,10 +76,10 @@ def _add_bench(commands: Subcommands) -> None:
         "edit, and write results and a report with intervals. Every finished sequence is on disk at once: the same "
         "command goes on where it was interrupted, and more losses, methods, data or seeds can be added in the same "
         "folder. Under torchrun or accelerate launch the ranks share the work.",
-        epilog="A loss is name or name:field=value+field=value, for example early_stopping:stop_below=0.3, "
-        "overtone_held, overtone_recommended (our settings for each method), overtone:hold_settled=0.1+lam=0.5, "
-        "overtone:n_sigma=none, overtone:check=false, "
-        "overtone:epsilon=0, overtone:lam=1, overtone:dynamic=false (the target of the model before the edit).",
+        epilog="A loss is name or name:field=value+field=value, for example cross_entropy:hold=0.3 (early stopping), "
+        "cross_entropy:hold=correct, label_smoothing, overtone:hold=settled, overtone_recommended (our settings for "
+        "each method), overtone:hold=0.1+lam=0.5, overtone:n_sigma=none, overtone:check=false, overtone:epsilon=0, "
+        "overtone:lam=1, overtone:dynamic=false (the target of the model before the edit), dft, gem, eaft.",
     )
     parser.add_argument(
         "--preset",

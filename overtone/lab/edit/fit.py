@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from overtone.lab.edit.losses import TokenLoss
 from overtone.lab.model.targets import TargetBatch, target_logits
 
 
@@ -19,10 +18,10 @@ class FitTrace:
     """How one edit went.
 
     Attributes:
-        losses: the token loss before each update, and the one at which the edit was held or stopped.
+        losses: the loss before each update, and the one at which the edit was held.
         steps: optimiser steps taken.
-        ended: "steps" (all were taken), "stopped" (the loss fell below `stop_below`) or "held" (the loss asked for no
-            further change).
+        ended: "steps" (all were taken), "held" (the loss asked for no further change) or "stopped" (by a rule of the
+            method's own).
         seconds: wall-clock time.
     """
 
@@ -36,11 +35,10 @@ def fit(
     model: Any,
     parameters: list[nn.Parameter],
     batch: TargetBatch,
-    token_loss: TokenLoss,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
     *,
     steps: int,
     lr: float,
-    stop_below: float | None = None,
     observe: Callable[[int], None] | None = None,
 ) -> FitTrace:
     """Fit the batch's target tokens with Adam, all of them in every step.
@@ -49,10 +47,10 @@ def fit(
         model: a Hugging Face causal language model.
         parameters: the weights to move, as an editing method opens them.
         batch: the edit's prompts and targets.
-        token_loss: logits (N, V) and labels (N,) to a scalar.
+        loss_of: from the logits (N, V) of the target tokens and their labels (N,) to a scalar; a held one leaves every
+            gradient None.
         steps: optimiser steps at most.
         lr: Adam's learning rate.
-        stop_below: stop before a step once the loss is below this value.
         observe: called with the number of steps taken so far, before every step.
 
     Raises:
@@ -66,13 +64,10 @@ def fit(
         if observe is not None:
             observe(step)
         optimizer.zero_grad()
-        loss = token_loss(*target_logits(model, batch))
+        loss = loss_of(*target_logits(model, batch))
         losses.append(loss.item())
         if not torch.isfinite(loss):
             raise RuntimeError(f"the loss is {losses[-1]} after {step} steps with lr={lr}: lower lr")
-        if stop_below is not None and losses[-1] < stop_below:
-            ended = "stopped"
-            break
         loss.backward()
         if all(parameter.grad is None for parameter in parameters):
             # No gradient, so Adam would leave every weight where it is; the next forward pass would be this one

@@ -13,10 +13,10 @@ from overtone.lab.edit.easyedit import process
 from overtone.lab.edit.easyedit.algorithms import ALGORITHMS, easyedit_cannot_minimise, require_easyedit
 from overtone.lab.edit.easyedit.session import open_easyedit_session
 from overtone.lab.edit.fit import FitTrace, fit
-from overtone.lab.edit.losses import NamedLoss
 from overtone.lab.edit.methods import METHODS, EditingMethod, MethodSettings
 from overtone.lab.model.targets import encode_targets
 from overtone.lab.model.workplace import Workplace
+from overtone.token_loss import LossSpec
 
 
 class Session(Protocol):
@@ -26,7 +26,7 @@ class Session(Protocol):
     def model(self) -> Any:
         """What is scored; a method may wrap the model that it was opened on."""
 
-    def apply(self, edit: Edit, loss: NamedLoss, observe: Callable[[int], None] | None = None) -> FitTrace:
+    def apply(self, edit: Edit, loss: LossSpec, observe: Callable[[int], None] | None = None) -> FitTrace:
         """Make one edit on top of those before it.
 
         Args:
@@ -52,16 +52,15 @@ class WeightSession:
         self._settings = settings
         self._parameters = parameters
 
-    def apply(self, edit: Edit, loss: NamedLoss, observe: Callable[[int], None] | None = None) -> FitTrace:
+    def apply(self, edit: Edit, loss: LossSpec, observe: Callable[[int], None] | None = None) -> FitTrace:
         """Fit the edit; see `Session`."""
         return fit(
             self.model,
             self._parameters,
             encode_targets(self._tokenizer, edit.pairs, self.model.device),
-            loss.build(self._method.name),
+            loss.build(self._method.name).mean,
             steps=self._settings.steps,
             lr=self._settings.lr,
-            stop_below=loss.stop_below,
             observe=observe,
         )
 
@@ -84,7 +83,7 @@ def easyedit_version() -> str:
     return process.version()
 
 
-def unsupported(method: str, loss: NamedLoss) -> str | None:
+def unsupported(method: str, loss: LossSpec) -> str | None:
     """Why a method cannot minimise a loss, or None."""
     return None if method in METHODS else easyedit_cannot_minimise(method, loss)
 

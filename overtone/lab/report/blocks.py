@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from overtone.lab.edit.compared import is_early_stopping
 from overtone.lab.report.cells import COLUMNS, Column, signed
 from overtone.lab.report.frame import BLOCK
 from overtone.lab.report.overall import EVERY_THRESHOLD, ONE_THRESHOLD
@@ -19,7 +20,6 @@ from overtone.lab.report.tables import (
     ENOUGH_UNITS,
     FULL_LOSS,
     counts_old_answers,
-    is_early_stopping,
     is_sampled,
 )
 from overtone.lab.report.titles import data_title, length_title, loss_title, method_title

@@ -13,13 +13,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from overtone.lab.edit.losses import LOSSES
+from overtone.lab.edit.compared import COMPARED
 from overtone.lab.report.titles import loss_title
 
 COLOURS = ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#000000", "#882255")
 """Okabe and Ito's palette without its yellow, which is hard to see on white, and a wine red of Tol's instead."""
 
-_KNOWN = dict(zip(LOSSES, COLOURS, strict=False))
+_KNOWN = dict(zip(COMPARED, COLOURS, strict=False))
 """The losses with a name have the same colour in every figure."""
 
 _LEGEND_WIDTH = 26

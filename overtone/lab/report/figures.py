@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from overtone.lab.edit.losses import ABLATIONS
+from overtone.lab.edit.compared import ABLATIONS, BASELINES, is_early_stopping
 from overtone.lab.report.drawing import (
     COLOURS,
     add_legend,
@@ -21,7 +21,7 @@ from overtone.lab.report.drawing import (
     styles_of,
 )
 from overtone.lab.report.overfitting import overfitting_figure
-from overtone.lab.report.tables import AVERAGE, is_early_stopping
+from overtone.lab.report.tables import AVERAGE
 from overtone.lab.report.titles import data_title, method_title
 
 
@@ -63,9 +63,9 @@ def loss_groups(losses: Sequence[str]) -> dict[str, list[str]]:
     """
     thresholds = [loss for loss in losses if is_early_stopping(loss)]
     ablations = [loss for loss in losses if loss in ABLATIONS]
-    main = [loss for loss in losses if loss == "early_stopping" or loss not in (*thresholds, *ablations)]
+    main = [loss for loss in losses if loss in BASELINES or loss not in (*thresholds, *ablations)]
     groups = {"": main, "ablations": [*ablations, *(loss for loss in ("cross_entropy", "overtone") if loss in main)]}
-    if set(thresholds) - {"early_stopping"}:
+    if set(thresholds) - {*BASELINES}:
         groups["thresholds"] = thresholds
     parts: dict[str, list[str]] = {}
     for name, group in groups.items() if ablations else [item for item in groups.items() if item[0] != "ablations"]:

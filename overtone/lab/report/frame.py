@@ -10,10 +10,10 @@ from typing import Any
 
 import pandas as pd
 
-from overtone.lab.edit.losses import parse_loss
 from overtone.lab.registry import look_up
 from overtone.lab.results.folder import ResultsFolder
 from overtone.lab.results.record import EditRecord, settings_text
+from overtone.token_loss import parse
 
 ACCURACIES = ["rel", "gen", "por", "loc"]
 """Reliability, generality, portability and locality, as `overtone.lab.score.scores` measures them."""
@@ -57,7 +57,7 @@ def load_results(folder: Path, *, losses: Collection[str] = (), seeds: Collectio
         raise ValueError(f"{folder} has no finished edit: there is nothing to report")
     edits = pd.DataFrame(map(_row, records))
     left_out: list[str] = []
-    for name, asked in (("loss", [parse_loss(spec).name for spec in losses]), ("seed", list(seeds))):
+    for name, asked in (("loss", [parse(spec).name for spec in losses]), ("seed", list(seeds))):
         if asked:
             look_up({str(value): value for value in edits[name]}, name, map(str, asked))
             left_out += [f"{name} {value}" for value in edits[name].unique() if value not in asked]

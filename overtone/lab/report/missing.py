@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from overtone.lab.edit.losses import ABLATIONS
+from overtone.lab.edit.compared import ABLATIONS, BASELINES, is_early_stopping
 from overtone.lab.report.frame import Results
-from overtone.lab.report.tables import BASELINES, is_early_stopping
 from overtone.lab.report.titles import loss_title
 
 _PAPER_LENGTHS = (1, 10, 100)

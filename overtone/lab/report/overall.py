@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from overtone.lab.edit.compared import is_early_stopping
 from overtone.lab.report.statistics import bootstrap_difference
-from overtone.lab.report.tables import AVERAGE, ENOUGH_UNITS, is_early_stopping
+from overtone.lab.report.tables import AVERAGE, ENOUGH_UNITS
 
 ONE_THRESHOLD, EVERY_THRESHOLD = "best single threshold", "best threshold of each column"
 """What a row is compared to: the early stop that is best on the mean of all columns, and the best one in each."""

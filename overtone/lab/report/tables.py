@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from overtone.lab.edit.losses import ABLATIONS
+from overtone.lab.edit.compared import ABLATIONS, BASELINES, is_early_stopping
 from overtone.lab.report.frame import ACCURACIES, BLOCK
 from overtone.lab.report.paper import PaperRows, ablation_rows, editing_rows, question_rows
 from overtone.lab.report.statistics import Estimate, bootstrap_difference, bootstrap_mean
@@ -22,9 +22,6 @@ AVERAGE = "average"
 
 BEST_BASELINE, BEST_STOP, FULL_LOSS = "best baseline", "best early stopping", "OverTone"
 """What a row is compared to."""
-
-BASELINES = ("cross_entropy", "label_smoothing", "early_stopping")
-"""The losses that a user would have without this project, with the settings that they have by default."""
 
 FEWEST_SEQUENCES = 3
 """Below it edits are resampled, though those of one sequence are not independent."""
@@ -37,11 +34,6 @@ MEASURES = [*ACCURACIES, AVERAGE, "exact match", "kl", "perplexity", "steps"]
 
 Rivals = Mapping[str, Callable[[str], bool]]
 """What a row is compared to: the best, by its average, of the losses that are candidates."""
-
-
-def is_early_stopping(loss: str) -> bool:
-    """Whether a spec is cross-entropy with some threshold."""
-    return loss.partition(":")[0] == "early_stopping"
 
 
 _RIVALS: Rivals = {BEST_BASELINE: lambda loss: loss in BASELINES, BEST_STOP: is_early_stopping}

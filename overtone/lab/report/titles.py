@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from overtone.lab.data.corpora import CORPORA
-from overtone.lab.edit.losses import parse_loss
 from overtone.lab.edit.methods import METHODS
 from overtone.lab.report.paper import PAPER_METHODS
+from overtone.token_loss import parse
 
 
 def data_title(name: str) -> str:
@@ -23,7 +23,7 @@ def method_title(name: str) -> str:
 def loss_title(spec: str) -> str:
     """Of a loss; the spec itself where this version of overtone does not know it."""
     try:
-        return parse_loss(spec).title
+        return parse(spec).title
     except ValueError:
         return spec
 

@@ -10,12 +10,12 @@ from random import Random
 from overtone.lab.data.corpora import CORPORA, open_corpus
 from overtone.lab.data.corpus import Corpus
 from overtone.lab.data.edit import Edit
-from overtone.lab.edit.losses import parse_loss
 from overtone.lab.edit.methods import METHODS
 from overtone.lab.edit.sessions import require_method, unsupported
 from overtone.lab.registry import look_up
 from overtone.lab.run.settings import RunSettings
 from overtone.lab.run.task import SequenceTask
+from overtone.token_loss import parse
 
 HELD_OUT_TEXTS = 64
 """How many of a corpus' held-out texts the perplexity is measured on, at most: all of them take longer than an edit."""
@@ -92,7 +92,7 @@ def _check(settings: RunSettings) -> None:
 
 def _possible_pairs(settings: RunSettings, plan: Plan) -> list[tuple[str, str]]:
     """The pairs of method and loss, method after method."""
-    losses = {loss.name: loss for loss in map(parse_loss, settings.losses)}
+    losses = {loss.name: loss for loss in map(parse, settings.losses)}
     pairs = []
     for method in settings.methods:
         reasons = {name: unsupported(method, loss) for name, loss in losses.items()}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from overtone.lab.edit.losses import ABLATIONS, EARLY_STOPPING_THRESHOLDS, LOSSES, parse_loss
+from overtone.lab.edit.compared import ABLATIONS, COMPARED, THRESHOLDS
 from overtone.lab.edit.methods import METHODS
 from overtone.lab.registry import look_up
 
@@ -21,7 +21,7 @@ class RunSettings:
             weights of LoRA are those of the first edit's place in the list, the same for sequence i of every seed.
         methods: names that `overtone.lab.edit.sessions.require_method` accepts; single edits of the first one, with the
             first seed, are traced for the figures.
-        losses: loss specs (see `overtone.lab.edit.losses`).
+        losses: loss specs (see `overtone.token_loss`).
         lengths: of the sequences of edits; 1 for single edits.
         edits: how many edits of each corpus and seed, cut into sequences of each length. A remainder that fills no
             sequence is left out; a length above this number has one sequence.
@@ -35,7 +35,7 @@ class RunSettings:
     data: tuple[str, ...] = ("short",)
     seeds: tuple[int, ...] = (0,)
     methods: tuple[str, ...] = tuple(METHODS)
-    losses: tuple[str, ...] = tuple(LOSSES)
+    losses: tuple[str, ...] = COMPARED
     lengths: tuple[int, ...] = (1,)
     edits: int = 20
     fit_lengths: bool = True
@@ -45,19 +45,15 @@ class RunSettings:
     arch: str = "llama"
 
 
-_STOPPED = tuple(parse_loss(f"early_stopping:stop_below={threshold}").name for threshold in EARLY_STOPPING_THRESHOLDS)
-
-_BEYOND_THE_PAPER = tuple(
-    parse_loss(f"overtone:lam=0.5+hold_settled={mean_kl}+hold_correct=true").name for mean_kl in (0.1, 0.2)
-)
+_BEYOND_THE_PAPER = ("overtone:lam=0.5+hold=correct,0.1", "overtone:lam=0.5+hold=correct,0.2")
 
 PRESETS: Mapping[str, RunSettings] = {
     "demo": RunSettings(),
-    "quick": RunSettings(losses=("cross_entropy", "early_stopping", "overtone_held"), lengths=(1, 10)),
+    "quick": RunSettings(losses=("cross_entropy", "cross_entropy:hold=0.1", "overtone:hold=settled"), lengths=(1, 10)),
     "paper-small": RunSettings(
         data=("short", "long", "soft"),
         seeds=(0, 1, 2),
-        losses=tuple(dict.fromkeys((*LOSSES, *_STOPPED, *_BEYOND_THE_PAPER, *ABLATIONS))),
+        losses=tuple(dict.fromkeys((*COMPARED, *THRESHOLDS, *_BEYOND_THE_PAPER, *ABLATIONS))),
         lengths=(1, 10, 100),
     ),
 }

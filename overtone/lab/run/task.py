@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from overtone.lab.data.edit import Edit
-from overtone.lab.edit.losses import parse_loss
 from overtone.lab.edit.methods import MethodSettings
 from overtone.lab.edit.sessions import open_session
 from overtone.lab.model.workplace import Workplace
@@ -21,6 +20,7 @@ from overtone.lab.score.perplexity import perplexity
 from overtone.lab.score.questions import ask
 from overtone.lab.score.scores import Examination, Scores, examine, score
 from overtone.lab.score.traces import Tracer
+from overtone.token_loss import parse
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class SequenceTask:
         seed: of the corpus and its model.
         method: a name that `overtone.lab.edit.sessions.open_session` takes.
         settings: of the method; None where EasyEdit's files decide.
-        loss: canonical spec (see `overtone.lab.edit.losses`).
+        loss: canonical spec (see `overtone.token_loss`).
         sequence: which of the sequences of its length.
         edits: the edits, in order; the corpus' list from `first_index` on.
         held_out_texts: for the perplexity of the edited model.
@@ -94,7 +94,7 @@ class SequenceTask:
         return records
 
     def _perform(self, workplace: Workplace) -> list[EditRecord]:
-        loss = parse_loss(self.loss)
+        loss = parse(self.loss)
         examinations = _examine_all(workplace, self.edits)
         tracer = Tracer(workplace.model, workplace.tokenizer, self.edits[0]) if self.is_traced else None
         with open_session(workplace, self.method, self.settings, self.first_index, self.known_texts) as session:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from overtone.lab.edit.easyedit import process
 from overtone.lab.edit.easyedit.losses import token_loss
-from overtone.lab.edit.losses import NamedLoss
+from overtone.token_loss import LossSpec
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def require_easyedit(method: str) -> None:
         raise ValueError(f"method {method!r} needs EasyEdit: {missing}")
 
 
-def easyedit_cannot_minimise(method: str, loss: NamedLoss) -> str | None:
+def easyedit_cannot_minimise(method: str, loss: LossSpec) -> str | None:
     """Why a method of `ALGORITHMS` cannot minimise a loss, or None; EasyEdit need not be there."""
     try:
         token_loss(ALGORITHMS[method].alg_name, loss)

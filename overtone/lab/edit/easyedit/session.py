@@ -24,9 +24,9 @@ from overtone.lab.edit.easyedit.losses import PRESETS, token_loss
 from overtone.lab.edit.easyedit.rows import RowByRow
 from overtone.lab.edit.easyedit.statistics import answer_for_statistics
 from overtone.lab.edit.fit import FitTrace
-from overtone.lab.edit.losses import NamedLoss
 from overtone.lab.model.workplace import Workplace
 from overtone.lab.registry import look_up
+from overtone.token_loss import LossSpec
 
 
 @contextmanager
@@ -97,7 +97,7 @@ class EasyEditSession:
         """The edited model, for scoring."""
         return RowByRow(self._copy) if self._algorithm.decides_by_batch else self._copy
 
-    def apply(self, edit: Edit, loss: NamedLoss, observe: Callable[[int], None] | None = None) -> FitTrace:
+    def apply(self, edit: Edit, loss: LossSpec, observe: Callable[[int], None] | None = None) -> FitTrace:
         """Make one more edit.
 
         Args:
@@ -108,7 +108,7 @@ class EasyEditSession:
 
         Returns:
             How it went, without the losses, which EasyEdit keeps to itself. "held" says that the loss asked for no
-            further change, "stopped" that early stopping or a rule of the method's own ended the edit.
+            further change, "stopped" that a rule of the method's own ended the edit.
 
         Raises:
             ValueError: the method cannot minimise the loss or has no place for the subject; observe is given.
@@ -179,11 +179,11 @@ class EasyEditSession:
                 return " ".join(words)
         raise ValueError(f"texts hold nothing unrelated to {edit.prompt!r}, which WISE needs one of")
 
-    def _ended(self, steps: int, calls: int, loss: NamedLoss) -> str:
+    def _ended(self, steps: int, calls: int, loss: LossSpec) -> str:
         if steps >= calls * most_steps(self._hparams):
             return "steps"
-        config = None if loss.overtone is None else loss.config(PRESETS[self._algorithm.alg_name])
-        return "stopped" if config is None or config.hold_settled is False else "held"
+        method = PRESETS.get(self._algorithm.alg_name)
+        return "held" if method is not None and loss.build(method).hold else "stopped"
 
     def _seed_now(self) -> int:
         return zlib.crc32(f"{self._seed} {self._edits_made}".encode())
