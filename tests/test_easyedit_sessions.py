@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import mini_lab
 import pytest
 import torch
-
-from overtone.lab import easyedit_process as process
 from overtone.lab.easyedit_losses import token_loss
 from overtone.lab.easyedit_rows import RowByRow
 from overtone.lab.easyedit_session import open_easyedit_session, unsupported
 from overtone.lab.easyedit_statistics import second_moment
 from overtone.lab.experiment import Workplace
 from overtone.lab.losses import parse_loss
+
+from overtone.lab import easyedit_process as process
 
 TEXTS = ["the head of acme is ana", "zed likes tea milk", "zed likes tea milk", "ana runs"]
 

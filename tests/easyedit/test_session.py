@@ -13,18 +13,18 @@ import numpy
 import pytest
 import torch
 import transformers
-from packaging.version import Version
-
-from overtone.easyedit.installation import installed
-from overtone.lab import easyedit_process, easyedit_session
-from overtone.lab.batching import encode_targets, target_logits
 from overtone.lab.checkpoint import SequenceCheckpoint
 from overtone.lab.easyedit_session import ALGORITHMS, EasyEditSession, open_easyedit_session
 from overtone.lab.experiment import Workplace
 from overtone.lab.losses import parse_loss
 from overtone.lab.metrics import complete, examine, score
 from overtone.lab.sequences import SequenceTask
-from overtone.lab.world import Edit, Probe
+from packaging.version import Version
+
+from overtone.easyedit.installation import installed
+from overtone.lab import easyedit_process, easyedit_session
+from overtone.lab.data.edit import Edit, Probe
+from overtone.lab.model.targets import encode_targets, target_logits
 
 pytestmark = [
     pytest.mark.easyedit,

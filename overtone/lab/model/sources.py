@@ -13,6 +13,7 @@ import torch
 from overtone.lab.data.corpus import Corpus
 from overtone.lab.model.knowledge import measure_knowledge
 from overtone.lab.model.pretrain import LabModel, load_or_train
+from overtone.lab.model.training import ARCHITECTURES
 from overtone.lab.model.workplace import Workplace
 
 
@@ -50,7 +51,17 @@ class LabModels:
     """A small model for each corpus and seed, from the cache or trained now."""
 
     def __init__(self, arch: str = "llama", *, show_progress: bool = True) -> None:
-        """Choose an architecture of `overtone.lab.model.training.ARCHITECTURES`."""
+        """Choose an architecture.
+
+        Args:
+            arch: a key of `overtone.lab.model.training.ARCHITECTURES`.
+            show_progress: of a training.
+
+        Raises:
+            ValueError: the architecture is unknown.
+        """
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
         self.arch = arch
         self.show_progress = show_progress
 

@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from overtone.diagnostics import underfitting_degree
-from overtone.lab.editors import open_down_projection
-from overtone.lab.metrics import complete, examine, is_exact_match, kl_divergence, score
-from overtone.lab.traces import Tracer
-from overtone.lab.world import Edit, Probe
+from overtone.lab.data.edit import Edit, Probe
+from overtone.lab.edit.weights import open_down_projection
+from overtone.lab.score.completion import complete, is_exact_match
+from overtone.lab.score.scores import examine, kl_divergence, score
+from overtone.lab.score.traces import Tracer
 
 
 class BigramModel(nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from bench_lines import sequence, singles
-
 from overtone.lab.bench_figures import MOST_LINES, draw_figures, forgetting, loss_groups
 from overtone.lab.bench_tables import editing_blocks
 from overtone.lab.figures import loss_styles

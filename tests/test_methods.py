@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import mini_lab
 import pytest
@@ -11,10 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from overtone import OverToneConfig, OverToneLoss
-from overtone.lab.batching import encode_targets, target_logits
-from overtone.lab.editors import METHODS, fit, named_methods, open_down_projection, open_lora
-from overtone.lab.experiment import fingerprint
-from overtone.lab.losses import LOSSES, named_losses
+from overtone.lab.edit.fit import fit
+from overtone.lab.edit.methods import METHODS
+from overtone.lab.edit.weights import open_down_projection, open_lora
+from overtone.lab.model.fingerprint import fingerprint
+from overtone.lab.model.targets import encode_targets, target_logits
+from overtone.token_loss import parse
 
 ARCHITECTURES = ["llama", "qwen2", "mistral", "gpt2"]
 
@@ -73,7 +74,7 @@ class TestRestoring:
         """Inside the context the target becomes likely; after it nothing is left of the edit."""
         model, batch = mini_lab.random_model(arch), edit_batch()
         before = snapshot(model)
-        with method.open(model, 0) as parameters:
+        with method.open(model, method.settings, 0) as parameters:
             trace = fit(model, parameters, batch, F.cross_entropy, steps=30, lr=1e-2)
             logits, labels = target_logits(model, batch)
             assert F.cross_entropy(logits, labels) < 0.5 * trace.losses[0]
@@ -88,7 +89,7 @@ class TestRestoring:
             if step == 3:
                 raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt), method.open(model, 0) as parameters:
+        with pytest.raises(KeyboardInterrupt), method.open(model, method.settings, 0) as parameters:
             fit(model, parameters, batch, F.cross_entropy, steps=30, lr=1e-2, observe=interrupted)
         assert_restored(model, before)
 
@@ -159,20 +160,22 @@ class TestFit:
         assert trace.losses == pytest.approx(losses, rel=1e-5)
         assert (trace.steps, trace.ended) == (5, "steps")
 
-    def test_stops_before_the_step_once_the_loss_is_low(self):
+    def test_early_stopping_ends_before_the_step_once_the_loss_is_low(self):
         model, batch = mini_lab.random_model(), edit_batch()
         with open_down_projection(model) as parameters:
-            trace = fit(model, parameters, batch, F.cross_entropy, steps=100, lr=1e-2, stop_below=0.1)
-        assert trace.ended == "stopped"
+            trace = fit(
+                model, parameters, batch, parse("cross_entropy:hold=0.1").build("ft-m").mean, steps=100, lr=1e-2
+            )
+        assert trace.ended == "held"
         assert trace.steps == len(trace.losses) - 1 < 100
-        assert trace.losses[-1] < 0.1 <= min(trace.losses[:-1])
+        assert trace.losses[-1] <= 0.1 < min(trace.losses[:-1])
 
     @pytest.mark.parametrize("method", METHODS)
     def test_ends_when_the_edit_is_held(self, method):
         """The steps that are saved would have changed nothing: going on by hand leaves every weight as it is."""
         model, batch = mini_lab.random_model(), edit_batch()
         held = OverToneLoss(OverToneConfig(epsilon=0.3, hold_settled=True))
-        with METHODS[method].open(model, 0) as parameters:
+        with METHODS[method].open(model, METHODS[method].settings, 0) as parameters:
             trace = fit(model, parameters, batch, held, steps=200, lr=1e-2)
             assert trace.ended == "held"
             assert trace.steps == len(trace.losses) - 1 < 200
@@ -199,30 +202,3 @@ class TestFit:
         ):
             fit(model, weights, batch, lambda logits, labels: logits.sum() * torch.nan, steps=3, lr=1e-2)
         assert fingerprint(model) == before
-
-
-class TestNames:
-    def test_unknown_names_list_the_known(self):
-        with pytest.raises(ValueError, match="unknown method 'rome': choose from lora, ft-m"):
-            named_methods(["lora", "rome"])
-        with pytest.raises(ValueError, match="unknown loss 'focal': choose from cross_entropy, early_stopping"):
-            named_losses(["focal"])
-
-    @pytest.mark.parametrize("method", METHODS)
-    def test_every_loss_gives_a_scalar_with_a_gradient(self, method):
-        logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        labels = torch.tensor([0, 3, 3, 8])
-        for loss in LOSSES.values():
-            (gradient,) = torch.autograd.grad(loss.build(method)(logits, labels), logits)
-            assert gradient.abs().sum() > 0
-
-    @pytest.mark.parametrize("method", METHODS)
-    def test_overtone_has_the_paper_s_values_for_the_method(self, method):
-        preset = OverToneConfig.preset(method)
-        assert LOSSES["overtone"].build(method).config == preset
-        assert LOSSES["overtone_held"].build(method).config == dataclasses.replace(preset, hold_settled=True)
-
-    def test_label_smoothing_is_torch_s(self):
-        logits, labels = torch.eye(3), torch.tensor([0, 2, 1])
-        expected = torch.nn.CrossEntropyLoss(label_smoothing=0.1)(logits, labels)
-        assert LOSSES["label_smoothing"].build("lora")(logits, labels) == expected

@@ -1,24 +1,33 @@
-"""Results files in the format of `overtone bench`, made by hand."""
+"""Results folders as `overtone bench` leaves them, made by hand."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-
-from overtone.lab.metrics import Scores
-from overtone.lab.outcomes import FORMAT, EditOutcome
-from overtone.lab.traces import EditTrace
+from overtone.lab.results.folder import ResultsFolder
+from overtone.lab.results.header import FORMAT
+from overtone.lab.results.record import EditRecord
+from overtone.lab.score.scores import Scores
+from overtone.lab.score.traces import EditTrace
 
 TRACE = EditTrace([0, 1, 2], [3.0, 1.0, 0.5], [3.0, 1.5, 1.6], [5.0, 0.1], [0.4, -0.2])
 
 HEADER = {
     "format": FORMAT,
-    "command": ["overtone", "bench"],
+    "commands": [["overtone", "bench"]],
     "versions": {"torch": "2"},
     "machine": "2 cores, x86_64",
-    "settings": {"edits": 4},
+    "recommended": {},
+    "held_out_texts": 64,
     "models": [
-        {"data": "short", "seed": 0, "title": "llama", "knowledge": {"facts": 1.0, "two hops": 0.99}, "perplexity": 1.4}
+        {
+            "data": "short",
+            "seed": 0,
+            "title": "llama",
+            "knowledge": {"facts": 1.0, "two hops": 0.99},
+            "perplexity": 1.4,
+            "fingerprint": "a",
+            "file": None,
+            "size": None,
+        }
     ],
 }
 
@@ -29,12 +38,13 @@ def scores(share, **others):
     return Scores(accuracy, {}, accuracy, p_new=0.9, p_old=0.1, kl=0.2)
 
 
-def outcome(share=1.0, **changes):
+def record(share=1.0, **changes):
     """A single edit with this average; None: it failed."""
     values = {
         "data": "short",
         "seed": 0,
         "method": "lora",
+        "settings": {"lr": 0.005, "steps": 50},
         "loss": "cross_entropy",
         "length": 1,
         "sequence": 0,
@@ -52,26 +62,35 @@ def outcome(share=1.0, **changes):
         "trace": None,
         "error": "RuntimeError: the loss is nan | after 3 steps\nmore" if share is None else None,
     }
-    return EditOutcome(**values | changes)
+    return EditRecord(**values | changes)
 
 
 def singles(shares, **changes):
     """A single edit for each share."""
-    return [outcome(share, sequence=number, index=number, **changes) for number, share in enumerate(shares)]
+    return [record(share, sequence=number, index=number, **changes) for number, share in enumerate(shares)]
 
 
 def sequence(shares, *, number=0, **changes):
     """One sequence of edits."""
     return [
-        outcome(
+        record(
             share, length=len(shares), sequence=number, position=place, index=number * len(shares) + place, **changes
         )
         for place, share in enumerate(shares)
     ]
 
 
-def write(path, outcomes, header=HEADER):
-    """A results file."""
-    lines = [header, *map(asdict, outcomes)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+def write(folder, records, **header):
+    """A results folder with these records; its header lists what they have, in their order."""
+    lists = {
+        name: list(dict.fromkeys(getattr(made, field) for made in records))
+        for name, field in (("data", "data"), ("methods", "method"), ("losses", "loss"))
+    }
+    results = ResultsFolder(folder)
+    results.begin({**HEADER, **lists, **header})
+    by_key = {}
+    for made in records:
+        by_key.setdefault(made.key, []).append(made)
+    for whole in by_key.values():
+        results.write(whole)
+    return folder

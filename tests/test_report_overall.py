@@ -2,7 +2,6 @@
 
 import pytest
 from bench_lines import sequence, singles
-
 from overtone.lab.bench_overall import EVERY_THRESHOLD, ONE_THRESHOLD, overall
 from overtone.lab.comparison import mean_paired_difference, paired_difference
 

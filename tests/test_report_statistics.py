@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from overtone.lab.comparison import bootstrap_mean, excludes_zero, paired_difference
+from overtone.lab.summary import Estimate
 from scipy.stats import bootstrap, ttest_rel
 
 from overtone.lab import comparison
-from overtone.lab.comparison import bootstrap_mean, excludes_zero, paired_difference
-from overtone.lab.summary import Estimate
 
 
 def scipy_interval(values, units, seed):

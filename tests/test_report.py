@@ -10,14 +10,14 @@ from itertools import pairwise
 
 import pytest
 from bench_lines import HEADER, TRACE, outcome, sequence, singles, write
-from rich.console import Console
-
-from overtone import cli
 from overtone.lab.bench_document import missing
 from overtone.lab.bench_markdown import signed
 from overtone.lab.bench_overview import overview
 from overtone.lab.bench_report import write_report
 from overtone.lab.bench_results import load_results
+from rich.console import Console
+
+from overtone import cli
 
 LOSSES = ("cross_entropy", "early_stopping", "early_stopping:stop_below=0.3", "label_smoothing", "overtone")
 BOLD = re.compile(r"\*\*([+-][\d.e-]+) \(([+-][\d.e-]+) to ([+-][\d.e-]+)\)\*\*")

@@ -6,7 +6,6 @@ import math
 
 import pytest
 from bench_lines import outcome, scores, sequence, singles
-
 from overtone.lab.bench_tables import (
     BEST_BASELINE,
     BEST_STOP,

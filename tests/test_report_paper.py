@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-
-from overtone.lab import paper
 from overtone.lab.losses import ABLATIONS, parse_loss
 from overtone.lab.paper import LLAMA_2, LLAMA_3, ablation_rows, editing_rows, mquake_rows
+
+from overtone.lab import paper
 
 METHODS = ("ft-m", "lora", "easyedit-ft", "easyedit-lora", "easyedit-melo", "easyedit-wise", "rome", "memit")
 
