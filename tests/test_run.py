@@ -152,7 +152,6 @@ class TestGrid:
         [
             ({"data": ()}, "data is empty"),
             ({"data": ("tiny",)}, "unknown corpus 'tiny': choose from short"),
-            ({"data": ("zsre",)}, "data zsre needs its published file: pass --zsre PATH"),
             ({"lengths": (0,)}, "lengths must be at least 1, got 0"),
             ({"edits": 0}, "edits must be at least 1, got 0"),
             ({"losses": ("overtone:lam=2",)}, "lam must be"),
