@@ -122,8 +122,13 @@ class TestTraps:
         assert any("dropout" in line for line in found(config))
 
     def test_other_methods(self):
-        assert fatal({"alg_name": "ROME", "token_loss": "overtone"})
-        assert not fatal({"alg_name": "ROME"})
+        assert fatal({"alg_name": "KN", "token_loss": "overtone"})
+        assert not fatal({"alg_name": "KN"})
+
+    def test_methods_that_stop_at_a_total(self):
+        config = {"alg_name": "ROME", "model_name": "llama", "token_loss": "overtone:hold=none"}
+        assert any("ROME stops below a total of 0.05" in line for line in found(config))
+        assert not any("0.05" in line for line in found({**config, "token_loss": "overtone"}))
 
     def test_fields(self):
         @dataclass

@@ -8,7 +8,7 @@ held.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 @contextmanager
-def held_steps() -> Iterator[Callable[[bool], None]]:
+def held_steps() -> Iterator[list[bool]]:
     """Let optimisers skip their step where every loss since their last one was held; in this thread, inside the block.
 
     Yields:
-        To be called once a loss, with whether it is held.
+        Whether each loss since the last step was held, for the caller to fill in.
     """
     thread = threading.get_ident()
     since_last_step: list[bool] = []
@@ -35,6 +35,6 @@ def held_steps() -> Iterator[Callable[[bool], None]]:
 
     handle = register_optimizer_step_pre_hook(before_step)
     try:
-        yield since_last_step.append
+        yield since_last_step
     finally:
         handle.remove()

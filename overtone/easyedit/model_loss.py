@@ -60,14 +60,14 @@ def model_loss(model: nn.Module, loss: EditLoss) -> Iterator[None]:
         targets = shift_labels.reshape(-1).to(logits.device)
         counted = targets != ignore_index
         values, held = loss(logits.reshape(-1, logits.shape[-1])[counted], targets[counted])
-        note(held)
+        since_last_step.append(held)
         # A leaf of zeros, cut off from the model: Adam, which moves on zero gradients, gets none.
         values = torch.zeros_like(values, requires_grad=True) if held else values
         total = values.sum()
         return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
     patches = Patches()
-    with held_steps() as note:
+    with held_steps() as since_last_step:
         try:
             if takes_loss_function(type(base)):
                 patches.attribute(base, "_loss_function", loss_function)

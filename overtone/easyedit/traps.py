@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from overtone.easyedit.hparams import KEY, choose
+from overtone.easyedit.methods import BY_NAME
+from overtone.easyedit.vstar import VSTAR
 from overtone.token_loss.grammar import read
 
 Config = Mapping[str, Any]
 
 MODEL_FAMILIES = ("t5", "gpt", "llama", "baichuan", "chatglm", "internlm", "qwen", "mistral")
-PRESETS = {"FT": "ft-m", "LoRA": "lora", "QLoRA": "lora", "MELO": "melo", "WISE": "wise"}
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ def traps(config: Config, hparams_class: type | None = None) -> list[Trap]:
         hparams_class: the class that will load it, where known; its fields are checked then.
     """
     method = str(config.get("alg_name"))
-    if method not in PRESETS:
-        return [Trap(f"alg_name is {method!r}", f"the adapters know {', '.join(PRESETS)}", fatal=KEY in config)]
+    if method not in BY_NAME:
+        return [Trap(f"alg_name is {method!r}", f"the adapters know {', '.join(BY_NAME)}", fatal=KEY in config)]
     found = [*_model(config), *_token_loss(config), *_single_edits(config)]
-    for check in _CHECKS[method]:
+    for check in _CHECKS.get(method, ()):
         found.extend(check(config))
     if hparams_class is not None:
         found.extend(_fields(config, hparams_class))
@@ -78,7 +79,7 @@ def _token_loss(config: Config) -> Iterator[Trap]:
         return
     method = config["alg_name"]
     try:
-        loss = choose(config[KEY], PRESETS[method]).loss
+        loss = choose(config[KEY], BY_NAME[method].preset).loss
     except (TypeError, ValueError) as error:
         yield Trap(str(error), f"mend {KEY}", fatal=True)
         return
@@ -91,7 +92,7 @@ def _token_loss(config: Config) -> Iterator[Trap]:
         )
     if loss.hold:
         return
-    if method in ("LoRA", "QLoRA", "MELO", "FT") and loss.epsilon > 0:
+    if method != "WISE" and loss.epsilon > 0:
         yield Trap(
             "hold is false: Adam goes on moving every weight on the zero gradients of settled tokens",
             "leave hold out, or give a mean loss at which to hold",
@@ -100,6 +101,11 @@ def _token_loss(config: Config) -> Iterator[Trap]:
         yield Trap(
             f"FT-M stops below a mean loss of 1e-2, at or below the floor epsilon={loss.epsilon:g}, so all steps run",
             "leave hold out: a held step reports 0, which ends the edit",
+        )
+    if BY_NAME[method] in VSTAR and loss.epsilon >= 0.05:
+        yield Trap(
+            f"{method} stops below a total of 0.05, at or below the floor epsilon={loss.epsilon:g}, so all steps run",
+            "leave hold out: a held step ends the edit",
         )
     if method == "WISE" and loss.epsilon > 0.02:
         yield Trap(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from overtone.token_loss.hold import read_old_hold
+from overtone.hold import OLD_NAMES, HoldValue, replace_old_names
 
 
-def modernise(name: str, fields: dict[str, Any], hold: object) -> tuple[str, dict[str, Any]]:
+def modernise(name: str, fields: dict[str, Any], hold: HoldValue) -> tuple[str, dict[str, Any]]:
     """The name and the fields in the words of today, still unjudged.
 
     `early_stopping:stop_below=x` is cross_entropy held at x, `overtone_held` is overtone held once settled,
@@ -27,17 +27,16 @@ def modernise(name: str, fields: dict[str, Any], hold: object) -> tuple[str, dic
         fields["smoothing"] = fields.pop(name)
     if name == "overtone_held":
         name, hold = "overtone", "settled"
-    old = [key for key in ("hold_settled", "hold_correct") if key in fields]
+    old = {key: fields.pop(key) for key in OLD_NAMES if key in fields}
     if old:
         if "hold" in fields:
-            raise ValueError(f"hold and {old[0]} are both given: keep hold alone")
+            raise ValueError(f"hold and {next(iter(old))} are both given: keep hold alone")
         warnings.warn(
             "hold_settled and hold_correct are now one field: hold=settled, hold=0.2 or hold=correct,0.2",
             DeprecationWarning,
             stacklevel=4,
         )
-        settled, correct = fields.pop("hold_settled", hold == "settled"), fields.pop("hold_correct", False)
-        fields["hold"] = read_old_hold(settled, correct).value
+        fields["hold"] = replace_old_names(hold, old)
     if name == "overtone":
         fields.setdefault("hold", hold)
     return name, fields

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from overtone.functional import ground_truth_check
-from overtone.hold import refuse_hold_when_distributed
-from overtone.token_loss.hold import NEVER, Hold
+from overtone.hold import NEVER, Hold, is_settled, refuse_hold_when_distributed
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (N, V), labels (N,)) -> loss (N,)``, labels without ignored positions."""
@@ -64,11 +63,10 @@ class EditLoss:
             distance = loss if self.distance is None else self.distance(logits, labels)
             correct = ground_truth_check(logits, labels) if self.hold.correct else None
         if self.epsilon > 0:
-            settled = distance < self.epsilon
-            loss = torch.where(settled if correct is None else settled & correct, self.epsilon, loss)
+            loss = torch.where(is_settled(distance, self.epsilon, correct), self.epsilon, loss)
         if not may_hold:
             return loss, False
-        refuse_hold_when_distributed(True)
+        refuse_hold_when_distributed(self.hold)
         return loss, loss.requires_grad and self.hold.is_met(distance, self.epsilon, correct)
 
     def mean(self, logits: Tensor, labels: Tensor) -> Tensor:

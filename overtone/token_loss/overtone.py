@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from overtone.config import OverToneConfig
+from overtone.hold import read_hold
 from overtone.loss import overtone_loss
 from overtone.token_loss.edit_loss import EditLoss, TokenLoss
 from overtone.token_loss.grammar import write_value
-from overtone.token_loss.hold import Hold, read_hold, read_old_hold
+from overtone.token_loss.titles import hold_title
 
 FROM_METHOD = object()
 """The default of a field whose value comes from the editing method's settings."""
@@ -56,14 +57,13 @@ class OverTone:
         """For tables and figures, of the loss with these fields, those at their defaults left out."""
         if tuple(fields.items()) in _ABLATIONS and self.of_method == OverToneConfig.preset:
             return _ABLATIONS[tuple(fields.items())]
-        held = [str(read_hold(fields["hold"]))] if "hold" in fields else []
+        held = [hold_title(read_hold(fields["hold"]))] if "hold" in fields else []
         others = [f"{key}={write_value(value)}" for key, value in fields.items() if key != "hold"]
         return ", ".join([self.label, *held, *others])
 
     def config(self, fields: Mapping[str, Any], method: str) -> OverToneConfig:
-        """The settings of the loss with these fields, without its hold."""
-        changes = {key: value for key, value in fields.items() if key not in ("hold", "dynamic")}
-        return self.of_method(method, **changes, hold_settled=False, hold_correct=False)
+        """The settings of the loss with these fields."""
+        return self.of_method(method, **{key: value for key, value in fields.items() if key != "dynamic"})
 
     def build(self, fields: Mapping[str, Any], method: str) -> EditLoss:
         """The loss of one edit; with ``dynamic=False`` it keeps the first logits that it sees."""
@@ -75,16 +75,9 @@ class OverTone:
             raise ValueError(f"dynamic must be true or false, got {dynamic!r}")
         if not dynamic:
             unclipped = _FirstLogitsAsReference(unclipped)
-        hold = self._hold(fields, method)
-        settings = {"epsilon": config.epsilon, **target, "hold": hold.value, "dynamic": dynamic}
+        settings = {**config.as_kwargs(), "dynamic": dynamic}
         description = f"{self.label} ({', '.join(f'{key}={value}' for key, value in settings.items())})"
-        return EditLoss(description, unclipped, epsilon=config.epsilon, hold=hold)
-
-    def _hold(self, fields: Mapping[str, Any], method: str) -> Hold:
-        if "hold" in fields:
-            return read_hold(fields["hold"])
-        config = self.of_method(method)
-        return read_old_hold(config.hold_settled, config.hold_correct)
+        return EditLoss(description, unclipped, epsilon=config.epsilon, hold=read_hold(config.hold))
 
 
 class _FirstLogitsAsReference:

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from overtone.hold import read_hold
 from overtone.token_loss.edit_loss import EditLoss, TokenLoss
-from overtone.token_loss.hold import read_hold
+from overtone.token_loss.titles import hold_title
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class PlainLoss:
     def title(self, fields: Mapping[str, Any]) -> str:
         """For tables and figures, of the loss with these fields."""
         hold = read_hold(fields.get("hold"))
-        return self.label.format(**self._settings(fields)) + (f", {hold}" if hold else "")
+        return self.label.format(**self._settings(fields)) + (f", {hold_title(hold)}" if hold else "")
 
     def config(self, fields: Mapping[str, Any], method: str) -> None:
         """OverTone has no part in it."""

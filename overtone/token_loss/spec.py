@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from overtone.config import PRESETS, OverToneConfig
+from overtone.hold import HoldValue, read_hold
 from overtone.token_loss.aliases import modernise
 from overtone.token_loss.catalogue import NAMED_LOSSES
 from overtone.token_loss.edit_loss import EditLoss, TokenLoss
 from overtone.token_loss.grammar import read, write
-from overtone.token_loss.hold import read_hold
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LossSpec:
         return bool(self.fields.get("dynamic", True))
 
     def config(self, method: str) -> OverToneConfig | None:
-        """The settings of OverTone, without a hold, for a method (a key of `PRESETS`); None for other losses."""
+        """The settings of OverTone for a method (a key of `PRESETS`); None for other losses."""
         return None if self.function else NAMED_LOSSES[self.kind].config(self.fields, method)
 
     def build(self, method: str) -> EditLoss:
@@ -48,7 +48,7 @@ class LossSpec:
         return NAMED_LOSSES[self.kind].build(self.fields, method)
 
 
-def parse(value: object, *, hold: object = None) -> LossSpec:
+def parse(value: object, *, hold: HoldValue = None) -> LossSpec:
     """The loss that a command line, hparams or a results file names.
 
     Args:

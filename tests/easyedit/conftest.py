@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import overtone.easyedit
-from overtone.easyedit.installation import TRAINERS
+from overtone.easyedit.methods import TRAINERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

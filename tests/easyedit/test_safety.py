@@ -13,7 +13,8 @@ from hparams import build
 
 import overtone.easyedit
 from overtone.easyedit import SeamError
-from overtone.easyedit.installation import TRAINERS, installed
+from overtone.easyedit.installation import installed
+from overtone.easyedit.methods import TRAINERS
 
 pytestmark = pytest.mark.easyedit
 
@@ -228,7 +229,7 @@ class TestRefusals:
         class Hparams:
             token_loss = "overtone"
 
-        for name in ("ROME", "MEMIT", "KN"):
+        for name in ("KN", "MEND", "DPO"):
             with pytest.raises(ValueError, match=f"token_loss is not used by {name}"):
                 tables.ALG_DICT[name](None, None, [], Hparams())
 
@@ -305,11 +306,11 @@ class TestFiles:
 
     def test_a_class_without_adapter_refuses_the_key(self, framework, tmp_path):
         overtone.easyedit.install(framework.methods)
-        rome = framework.module("models.rome.rome_hparams").ROMEHyperParams
-        file = tmp_path / "rome.yaml"
-        file.write_text("alg_name: ROME\ntoken_loss: overtone\n")
-        with pytest.raises(ValueError, match="token_loss is not used by ROME"):
-            rome.from_hparams(str(file))
+        kn = framework.module("models.kn.kn_hparams").KNHyperParams
+        file = tmp_path / "kn.yaml"
+        file.write_text("alg_name: KN\ntoken_loss: overtone\n")
+        with pytest.raises(ValueError, match="token_loss is not used by KN"):
+            kn.from_hparams(str(file))
 
     def test_traps_of_a_flagged_file_are_logged(self, framework, models, tmp_path, caplog):
         overtone.easyedit.install(framework.methods)

@@ -8,7 +8,7 @@ S), the target has t_y = lam + (1 - lam) q_y and
 
 where the ground-truth check passed; elsewhere the target is onehot(y), so KL = -log p_y and dKL/ds = p - onehot(y).
 Differences of nearly equal numbers (p_y - 1, 1 - (1 - lam) / Z) are rewritten as sums over the other tokens, so that
-confident rows keep their digits. A compiler can fuse each function into one pass over a row, in the processor's cache.
+confident rows keep their digits. A compiler can turn each function into one pass over a row, in the cache.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from overtone.functional import finite_std
+UNDERFLOW_DISTANCE = -math.log(torch.finfo(torch.float32).tiny)
+"""Logits further below their row's maximum, about 87.3, take no part in the standard deviation."""
 
 
-class SettingTensors(NamedTuple):
+class TargetTensors(NamedTuple):
     """What decides the target of a token, as tensors ``()`` of the working precision: new values compile nothing anew.
 
     Attributes:
@@ -36,24 +37,24 @@ class SettingTensors(NamedTuple):
     check: Tensor
 
 
-def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tuple[Tensor, Tensor]:
+def fit_rows(logits: Tensor, labels: Tensor, target: TargetTensors) -> tuple[Tensor, Tensor]:
     """KL(target || softmax(logits)) of each row, and what its gradient needs.
 
     Args:
         logits: ``(B, V)``.
         labels: ``(B,)``, int64, each in ``[0, V)``.
-        settings: of the target.
+        target: its settings.
 
     Returns:
         kl ``(B,)`` and coefficients ``(5, B)`` in working precision: log of the normaliser, threshold of the filter
         (logits above it are kept), factor of a kept token's probability in the gradient, gradient of the true token,
         and 1 where the true token is strictly the most probable one, else 0.
     """
-    n_sigma, lam, check = settings
+    n_sigma, lam, check = target
     scores = logits.to(lam.dtype)
     top = scores.amax(dim=1)
     label = scores.gather(1, labels.unsqueeze(1)).squeeze(1)
-    threshold = top - n_sigma * finite_std(scores).squeeze(1)
+    threshold = top - n_sigma * _standard_deviation(scores, top)
     threshold = torch.where(n_sigma == math.inf, -math.inf, threshold)
     # Weights are exp(logit - top). The top's own, which is always kept, is summed apart from the others: where it is
     # the label, the weight of all other tokens is then never got by a subtraction from 1.
@@ -104,6 +105,15 @@ def kl_of_rows(logits: Tensor, labels: Tensor, settings: SettingTensors) -> tupl
     return kl.clamp(min=0), coefficients
 
 
+def _standard_deviation(scores: Tensor, top: Tensor) -> Tensor:
+    """Of each row, unbiased, without what is too far below its top ``(B,)`` to have a probability."""
+    counted = scores >= (top - UNDERFLOW_DISTANCE).unsqueeze(1)
+    count = counted.sum(dim=1, dtype=torch.int32)
+    mean = torch.where(counted, scores, 0).sum(dim=1) / count.clamp(min=1)
+    squares = torch.where(counted, scores - mean.unsqueeze(1), 0).square().sum(dim=1)
+    return (squares / (count - 1).clamp(min=1)).sqrt()
+
+
 def gradient_of_others(logits: Tensor, coefficients: Tensor, grad_kl: Tensor) -> Tensor:
     """``grad_kl * dKL/dlogits`` ``(B, V)`` of every token but the label; exact zeros where grad_kl is 0.
 
@@ -111,7 +121,7 @@ def gradient_of_others(logits: Tensor, coefficients: Tensor, grad_kl: Tensor) ->
     all of them would take a quarter of its time.
 
     Args:
-        logits: as in `kl_of_rows`, which gave the coefficients.
+        logits: as in `fit_rows`, which gave the coefficients.
         coefficients: ``(5, B)``.
         grad_kl: ``(B,)``, the gradient of each row's KL.
 
