@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
+from overtone.lab.report.frame import load_results
 from overtone.lab.results.folder import ResultsFolder
 from overtone.lab.results.header import FORMAT
 from overtone.lab.results.record import EditRecord
@@ -94,3 +98,9 @@ def write(folder, records, **header):
     for whole in by_key.values():
         results.write(whole)
     return folder
+
+
+def results_of(records):
+    """What a report reads of these records."""
+    with tempfile.TemporaryDirectory() as folder:
+        return load_results(write(Path(folder), records))

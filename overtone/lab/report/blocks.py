@@ -107,9 +107,9 @@ def _method(name: str, settings: str) -> str:
 
 def _about(table: pd.DataFrame) -> Any:
     first = table.iloc[0]
-    seeds = f"{first['seeds']:.0f} seed{'s' if first['seeds'] > 1 else ''}"
+    seeds = f"{first['seeds']} seed{'s' if first['seeds'] > 1 else ''}"
     units = first["units"]
-    yield f"{units:.0f} {first['resampled']} of {seeds} resampled" if units > 1 else f"one edit of {seeds}"
+    yield f"{units} {first['resampled']} of {seeds} resampled" if units > 1 else f"one edit of {seeds}"
     if BEST_BASELINE in table and pd.notna(first[BEST_BASELINE]):
         yield f"best baseline: {loss_title(first[BEST_BASELINE])}"
     if BEST_STOP in table and pd.notna(first[BEST_STOP]):
@@ -125,8 +125,8 @@ def _cells(row: Mapping[str, Any], columns: Mapping[str, Column], rivals: Sequen
         means = (column.mean(_as_measured(row, columns), name) for name, column in columns.items())
         return [f"*{row['source']}*", *(f"*{mean}*" if mean else "" for mean in means), *("" for _ in rivals), ""]
     cells = [loss_title(row["loss"]), *(_interval(row, name, column) for name, column in columns.items())]
-    failed = f" ({row['failed']:.0f} failed)" if row["failed"] else ""
-    return [*cells, *(_difference(row, rival) for rival in rivals), f"{row['edits']:.0f}{failed}"]
+    failed = f" ({row['failed']} failed)" if row["failed"] else ""
+    return [*cells, *(_difference(row, rival) for rival in rivals), f"{row['edits']}{failed}"]
 
 
 def _as_measured(row: Mapping[str, Any], columns: Mapping[str, Column]) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def _table(edits: pd.DataFrame, measures: Sequence[str], rivals: Rivals, paper: 
                 source = f"paper, {printed.pop('source')}"
                 said = {name: value / 100 for name, value in printed.items()}
                 rows.append({**{name: row[name] for name in (*BLOCK, "loss")}, "source": source, **said})
-    return pd.DataFrame(rows)
+    # Whole numbers stay whole beside the rows of the paper, which have none.
+    return pd.DataFrame(rows).astype({name: "Int64" for name in ("seeds", "edits", "failed", "units") if rows})
 
 
 def _block(block: pd.DataFrame, measures: Sequence[str], rivals: Rivals) -> Iterator[dict[str, Any]]:
