@@ -4,19 +4,20 @@
     python examples/finetune_comparison.py --losses overtone "cross-entropy" --seeds 2 --out /tmp/finetune
 
 Every loss gets the same texts, learning rate and epochs, by transformers' Trainer. Finished runs are kept in
-OUT.jsonl, under a first line with the settings, so that an interrupted comparison goes on where it stopped; the table
-of the losses and sets that were asked for is written to OUT.md.
+OUT.jsonl, under a first line with the settings, so that an interrupted comparison goes on where it stopped; those of
+the losses and sets that were asked for are written to OUT.csv, and their table is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import json
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -195,7 +196,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), metavar="LOSS")
     arguments.add_argument("--seeds", type=int, default=8, help="sets of texts")
-    arguments.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "finetune")
+    arguments.add_argument("--out", type=Path, default=Path("finetune-out/finetune"))
     options = arguments.parse_args()
     records = options.out.with_suffix(".jsonl")
     records.parent.mkdir(parents=True, exist_ok=True)
@@ -217,12 +218,8 @@ def main() -> None:
     asked = [
         outcome for loss in losses for outcome in outcomes if outcome.loss == loss and outcome.seed < options.seeds
     ]
-    caption = (
-        f"{TEXTS} long texts a set, {options.seeds} sets, {EPOCHS} epochs at most, batches of {BATCH}, AdamW at "
-        f"{LEARNING_RATE}, all weights; means with 95% intervals over the sets. "
-        "`python examples/finetune_comparison.py`"
-    )
-    write_atomically(options.out.with_suffix(".md"), f"{caption}\n\n{table(asked)}")
+    with options.out.with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([Outcome.__dataclass_fields__, *map(astuple, asked)])
     print(table(asked))
 
 

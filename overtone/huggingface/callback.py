@@ -69,7 +69,8 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget an earlier run; refuse a hold under fp16, whose gradient scaler fails on a step without gradients."""
-        if args.fp16 and self.config.hold_settled is not False:
+        # On a CPU accelerate has no scaler, and computes in float32.
+        if args.fp16 and args.device.type != "cpu" and self.config.hold_settled is not False:
             raise ValueError(
                 f"hold_settled={self.config.hold_settled!r} cannot be used with fp16=True: torch's gradient scaler "
                 "raises in a step without gradients; train with bf16=True, or pass hold_settled=False"
