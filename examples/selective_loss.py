@@ -58,7 +58,7 @@ def main() -> None:
     before = answers(subject, probes)
 
     optimizer = torch.optim.AdamW(subject.model.parameters(), lr=options.learning_rate, weight_decay=0.0)
-    with attach(subject.model, OverToneConfig(hold_settled=True)):
+    with attach(subject.model, OverToneConfig(hold="settled")):
         for step in range(options.steps):
             optimizer.zero_grad()
             loss = subject.model(
