@@ -74,9 +74,9 @@ def dft_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor
     return loss
 
 
-def overtone_held(hold_settled: bool | float) -> dict[str, Any]:
+def overtone_held(hold: str | float) -> dict[str, Any]:
     """Stops once an epoch of batches has been held."""
-    config = OverToneConfig(hold_settled=hold_settled)
+    config = OverToneConfig(hold=hold)
     callback = TokenStatesCallback(config, stop_after_held=TEXTS // BATCH)
     return {"compute_loss_func": compute_loss_func(config, observer=callback.observe), "callbacks": [callback]}
 
@@ -88,7 +88,7 @@ LOSSES: dict[str, Callable[[], dict[str, Any]]] = {
     "label smoothing 0.1": lambda: {"label_smoothing_factor": 0.1},
     "DFT": lambda: {"compute_loss_func": dft_loss},
     "OverTone": lambda: {"compute_loss_func": compute_loss_func()},
-    "OverTone, held": lambda: overtone_held(True),
+    "OverTone, held": lambda: overtone_held("settled"),
     "OverTone, held at a mean KL of 0.02": lambda: overtone_held(0.02),
 }
 
