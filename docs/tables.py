@@ -9,7 +9,7 @@ the function of that name returns. tests/test_docs.py fails while a page and its
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import pandas as pd
 from scipy import stats
 
 from overtone.config import PRESETS, RECOMMENDED, OverToneConfig
+from overtone.token_loss import parse
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "examples" / "results"
@@ -27,19 +28,30 @@ BLOCK = re.compile(r"(?<=^<!-- table )([\w-]+) -->\n.*?(?=^<!-- end of table -->
 MEASURES = {"rel": "Rel", "gen": "Gen", "por": "Por", "loc": "Loc", "average": "average"}
 METHODS = {"lora": "LoRA", "ft-m": "FT-M", "easyedit-ft": "EasyEdit's FT-M", "easyedit-lora": "EasyEdit's LoRA"}
 METHODS |= {"easyedit-melo": "EasyEdit's MELO", "easyedit-wise": "EasyEdit's WISE"}
-LOSSES = {
-    "cross_entropy": "cross-entropy",
-    "cross_entropy:hold=0.1": "cross-entropy stopped at 0.1",
-    "cross_entropy:hold=0.3": "cross-entropy stopped at 0.3",
-    "cross_entropy:hold=0.5": "cross-entropy stopped at 0.5",
-    "cross_entropy:hold=1": "cross-entropy stopped at 1",
-    "cross_entropy:hold=correct": "cross-entropy stopped at the first choice",
-    "label_smoothing": "label smoothing 0.1",
-    "overtone": "OverTone (the paper's)",
-    "overtone:hold=settled": "OverTone, held",
-    "overtone_recommended": "OverTone, recommended",
-}
+LOSSES = (
+    "cross_entropy",
+    "cross_entropy:hold=0.1",
+    "cross_entropy:hold=0.3",
+    "cross_entropy:hold=0.5",
+    "cross_entropy:hold=1",
+    "cross_entropy:hold=correct",
+    "label_smoothing",
+    "overtone",
+    "overtone:hold=settled",
+    "overtone_recommended",
+)
 """The losses that a table shows, in its order."""
+
+ABLATIONS = (
+    "cross_entropy",
+    "overtone",
+    "overtone:epsilon=0",
+    "overtone:n_sigma=none",
+    "overtone:check=false",
+    "overtone:dynamic=false",
+    "overtone:epsilon=0+check=false",
+    "overtone:lam=1",
+)
 
 Builder = Callable[[], pd.DataFrame]
 TABLES: dict[str, Builder] = {}
@@ -75,11 +87,17 @@ def difference(row: pd.Series[float], name: str = "difference", clear: str = "cl
     return f"**{text}**" if row[clear] is True else text
 
 
-def shown(frame: pd.DataFrame, losses: dict[str, str] = LOSSES) -> pd.DataFrame:
-    """The rows of these losses, in their order, with their titles."""
-    order = list(losses)
-    kept = frame[frame.loss.isin(order)].sort_values("loss", key=lambda column: column.map(order.index), kind="stable")
-    return kept.assign(title=kept.loss.map(losses))
+def shown(frame: pd.DataFrame, losses: Sequence[str] = LOSSES) -> pd.DataFrame:
+    """The rows of these losses, in their order, with the titles that the lab's reports have."""
+    kept = frame[frame.loss.isin(losses)].sort_values(
+        "loss", key=lambda column: column.map(losses.index), kind="stable"
+    )
+    return with_titles(kept)
+
+
+def with_titles(frame: pd.DataFrame) -> pd.DataFrame:
+    """The titles of the losses in a column of their own."""
+    return frame.assign(title=[parse(loss).title for loss in frame.loss])
 
 
 def columns(titled: dict[str, list[str]]) -> pd.DataFrame:
@@ -111,7 +129,7 @@ def against_best_stop(rows: pd.DataFrame) -> dict[str, list[str]]:
     stop = f"{ours['best single stop']:g}"
     return {
         "cross-entropy": [number(loss.average["cross_entropy"])],
-        "stopped at its best single threshold": [f"{number(loss.average[f'cross_entropy:hold={stop}'])} (at {stop})"],
+        "held at its best single threshold": [f"{number(loss.average[f'cross_entropy:hold={stop}'])} (at {stop})"],
         "recommended": [number(ours.average)],
         "recommended minus that": [difference(ours)],
     }
@@ -120,7 +138,7 @@ def against_best_stop(rows: pd.DataFrame) -> dict[str, list[str]]:
 def at_first_choice(rows: pd.DataFrame) -> dict[str, list[str]]:
     """The same rows' cross-entropy stopped at the first choice."""
     found = rows.average[rows.loss == "cross_entropy:hold=correct"]
-    return {"stopped at the first choice": [number(found.iloc[0]) if len(found) else ""]}
+    return {"held at the first choice": [number(found.iloc[0]) if len(found) else ""]}
 
 
 WORLDS = "long T=1; short T=1; soft T=1; long T=10; short T=10; soft T=10; short T=100"
@@ -137,7 +155,7 @@ def what_to_expect() -> pd.DataFrame:
         "model and data": ["Gemma 3 270M, ZsRE"],
         "method": ["LoRA"],
         "cross-entropy": [number(gemma["cross_entropy"])],
-        "stopped at its best single threshold": [f"{number(stops.max())} (at {stops.idxmax().partition('=')[2]})"],
+        "held at its best single threshold": [f"{number(stops.max())} (at {stops.idxmax().partition('=')[2]})"],
         "recommended": [number(gemma["overtone_recommended"])],
         "recommended minus that": [number(gemma["overtone_recommended"] - stops.max(), sign="+")],
     }
@@ -179,10 +197,9 @@ def one_setting() -> pd.DataFrame:
 def averages(name: str, method: str, cells: list[tuple[str, int]]) -> pd.DataFrame:
     """Losses by data and T, then the best stop of each column and the distance to it."""
     rows = read(name).query(f"method == {method!r}")
-    losses = {loss: title for loss, title in LOSSES.items() if loss in set(rows.loss)}
-    found = {
-        METHODS[method]: [*losses.values(), "*cross-entropy at this column's best threshold*", "*recommended minus it*"]
-    }
+    losses = [loss for loss in LOSSES if loss in set(rows.loss)]
+    titles = [parse(loss).title for loss in losses]
+    found = {METHODS[method]: [*titles, "*cross-entropy at this column's best threshold*", "*recommended minus it*"]}
     for data, length in cells:
         loss = rows[(rows.data == data) & (rows["T"] == length)].set_index("loss")
         ours = loss.loc["overtone_recommended"]
@@ -224,10 +241,7 @@ def published_ft_m() -> pd.DataFrame:
 @table
 def gemma() -> pd.DataFrame:
     """A real model."""
-    stops = {f"cross_entropy:hold={stop}": f"cross-entropy stopped at {stop}" for stop in ("0.05", "0.01")}
-    rows = read("gemma-zsre")
-    order = LOSSES | stops
-    rows = rows.assign(title=rows.loss.map(order))
+    rows = with_titles(read("gemma-zsre"))
     kl = {"KL on locality": rows.kl.map(lambda value: number(value, 2)).tolist()}
     return columns({"loss": rows.title.tolist()} | by_measure(rows) | kl | {"steps": rows.steps.map(number).tolist()})
 
@@ -263,14 +277,10 @@ def mquake() -> pd.DataFrame:
 @table
 def ablations() -> pd.DataFrame:
     """Table 3 of the paper."""
-    titles = {"overtone": "OverTone (the paper's)", "overtone:epsilon=0": "without the clip"}
-    titles |= {"overtone:dynamic=false": "target from the unedited model", "overtone:check=false": "without the check"}
-    titles |= {"overtone:n_sigma=none": "without the filter", "overtone:epsilon=0+check=false": "mixing only"}
-    titles |= {"overtone:lam=1": "clipping only", "cross_entropy": "cross-entropy"}
     all_rows = read("ablations").query("T == 1")
     parts = []
     for method in ("lora", "ft-m"):
-        rows = shown(all_rows[all_rows.method == method], titles)
+        rows = shown(all_rows[all_rows.method == method], ABLATIONS)
         parts.append(columns({"method": [METHODS[method]] * len(rows), "loss": rows.title.tolist()} | by_measure(rows)))
     return pd.concat(parts)
 

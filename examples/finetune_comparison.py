@@ -30,10 +30,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from overtone import OverToneConfig
 from overtone.huggingface import TokenStatesCallback, compute_loss_func
-from overtone.lab.batching import encode_targets
-from overtone.lab.metrics import complete, is_exact_match, teacher_forced, token_agreement
-from overtone.lab.records import write_atomically
-from overtone.lab.world import Probe
+from overtone.lab.data.edit import Probe
+from overtone.lab.model.targets import encode_targets
+from overtone.lab.results.files import write_whole
+from overtone.lab.score.completion import complete, is_exact_match
+from overtone.lab.score.scores import teacher_forced, token_agreement
 
 TEXTS, EPOCHS, BATCH, LEARNING_RATE = 30, 30, 10, 5e-4
 SETTINGS = {"texts": TEXTS, "epochs": EPOCHS, "batch": BATCH, "learning_rate": LEARNING_RATE}
@@ -73,9 +74,9 @@ def dft_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor
     return loss
 
 
-def overtone_held(hold_settled: bool | float) -> dict[str, Any]:
+def overtone_held(hold: str | float) -> dict[str, Any]:
     """Stops once an epoch of batches has been held."""
-    config = OverToneConfig(hold_settled=hold_settled)
+    config = OverToneConfig(hold=hold)
     callback = TokenStatesCallback(config, stop_after_held=TEXTS // BATCH)
     return {"compute_loss_func": compute_loss_func(config, observer=callback.observe), "callbacks": [callback]}
 
@@ -87,7 +88,7 @@ LOSSES: dict[str, Callable[[], dict[str, Any]]] = {
     "label smoothing 0.1": lambda: {"label_smoothing_factor": 0.1},
     "DFT": lambda: {"compute_loss_func": dft_loss},
     "OverTone": lambda: {"compute_loss_func": compute_loss_func()},
-    "OverTone, held": lambda: overtone_held(True),
+    "OverTone, held": lambda: overtone_held("settled"),
     "OverTone, held at a mean KL of 0.02": lambda: overtone_held(0.02),
 }
 
@@ -189,7 +190,7 @@ def read_outcomes(path: Path) -> list[Outcome]:
 
 def write_outcomes(path: Path, outcomes: list[Outcome]) -> None:
     lines = [SETTINGS, *map(asdict, outcomes)]
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def main() -> None:

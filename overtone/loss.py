@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -119,7 +118,9 @@ def overtone_loss(
     kernel = choose(token_logits, shard)
     correct_only = holding.correct
     loss: Tensor
-    loss, kl, coefficients, _ = _OverTone.apply(  # type: ignore[no-untyped-call]
+    is_transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    function = _OverTone if is_transformed else _OrdinaryOverTone
+    loss, kl, coefficients, _ = function.apply(  # type: ignore[no-untyped-call]
         token_logits,
         token_labels,
         _room_for_gradient(token_logits, reduction, kernel),
@@ -212,7 +213,7 @@ def _room_for_gradient(logits: Tensor, reduction: Reduction, kernel: Kernel) -> 
 
 
 class _Options(NamedTuple):
-    """What is no tensor, in one argument: torch looks at each of them in every call."""
+    """What is no tensor."""
 
     kernel: Kernel
     target: Target
@@ -289,8 +290,19 @@ class _OverTone(torch.autograd.Function):
         return (loss, kl, coefficients.view(5, *labels.shape), row_weights), (0, 0, 1, 0)
 
 
-# Which torch would find out anew in every call of a Function that has a setup_context, in 10 us.
-_OverTone.forward.__signature__ = inspect.signature(_OverTone.forward)  # type: ignore[attr-defined]
+class _OrdinaryOverTone(_OverTone):
+    """The same outside of torch.func: in each call of a Function with a setup_context torch inspects its signature.
+
+    That takes as long as the loss of eight tokens.
+    """
+
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = _OverTone.forward(*inputs)
+        _OverTone.setup_context(ctx, inputs, output)
+        return output
 
 
 class _Gradient(torch.autograd.Function):

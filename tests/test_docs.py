@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from overtone.token_loss import NAMED_LOSSES, parse
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES.append(ROOT / "examples" / "results" / "README.md")
@@ -79,6 +81,25 @@ class TestCommands:
         assert result.returncode == 0, result.stderr
         assert "before" in result.stdout
         assert "after" in result.stdout
+
+
+class TestNames:
+    def test_every_named_loss_and_field_is_in_the_settings(self):
+        """The table of the names has the code's names, and of each its fields."""
+        text = (ROOT / "docs" / "settings.md").read_text()
+        for name, loss in NAMED_LOSSES.items():
+            (row,) = re.findall(rf"^\| .*`{name}`.*$", text[text.index("## A loss by name") :], re.MULTILINE)
+            if "the same" not in row:
+                assert {f"`{field}`" for field in loss.defaults} <= set(re.findall(r"`\w+`", row)), name
+
+    def test_every_printed_loss_can_be_read(self):
+        """Whatever a page writes as name:field=value is a loss."""
+        printed = re.findall(
+            rf"\b(?:{'|'.join(NAMED_LOSSES)}):\w+=[^`\s|]*", "".join(page.read_text() for page in PAGES)
+        )
+        assert len(printed) > 20
+        for text in printed:
+            assert parse(parse(text).name) == parse(text)
 
 
 def without_tables_and_code(text):

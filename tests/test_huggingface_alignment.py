@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from test_huggingface_trainer import arguments, gradients_of, trained_gradients
+from tiny_trainer import arguments, gradients_of, trained_gradients
 from transformers import (
     BartConfig,
     BartForCausalLM,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from test_huggingface_trainer import arguments, rows
+from tiny_trainer import arguments, rows
 from transformers import Trainer
 
 from overtone import OverToneConfig

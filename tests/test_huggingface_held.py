@@ -8,13 +8,13 @@ import pytest
 import tiny_models
 import torch
 from peft import AdaLoraConfig, get_peft_model
-from test_huggingface_trainer import arguments, trained_gradients
+from tiny_trainer import arguments, trained_gradients
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from overtone import OverToneConfig
 from overtone.huggingface import attach, compute_loss_func
 
-HELD = OverToneConfig(epsilon=50.0, hold_settled=True)
+HELD = OverToneConfig(epsilon=50.0, hold="settled")
 FREE = OverToneConfig(epsilon=50.0)
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -109,7 +109,7 @@ class TestRouterLoss:
     def test_trains_as_before_while_it_is_not_held(self, kind):
         """One token that is not settled is enough for the whole loss."""
         model, batch = mixture(kind)
-        config = OverToneConfig(epsilon=1e-9, hold_settled=True)
+        config = OverToneConfig(epsilon=1e-9, hold="settled")
         with attach(model, OverToneConfig(epsilon=1e-9)):
             model(**batch).loss.backward()
         expected = [gradient.clone() for gradient in gradients(model)]

@@ -77,7 +77,7 @@ class TestNormalisation:
     def test_held_loss_can_be_scaled_in_place(self):
         """Trainer multiplies the loss in place by the number of processes, a held one as well."""
         logits, labels = logits_and_labels()
-        config = OverToneConfig(epsilon=100, hold_settled=True)
+        config = OverToneConfig(epsilon=100, hold="settled")
         for items in (None, 7):
             loss = causal_lm_loss(logits, labels, config, num_items_in_batch=items)
             loss *= 2
@@ -186,7 +186,7 @@ class TestLossMask:
         labels[:, 3] = (labels[:, 3] + 1) % VOCABULARY
         mask = torch.ones_like(labels)
         mask[:, 3] = 0
-        config = OverToneConfig(epsilon=1.5, hold_settled=True)
+        config = OverToneConfig(epsilon=1.5, hold="settled")
         causal_lm_loss(logits, labels, config, loss_mask=mask).backward()
         assert logits.grad is None
 

@@ -11,14 +11,14 @@ import tiny_models
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from test_huggingface_trainer import arguments, trained_gradients
+from tiny_trainer import arguments, trained_gradients
 from transformers import PreTrainedModel
 
 from overtone import OverToneConfig
 from overtone.huggingface import attach, compute_loss_func
 
 CROSS_ENTROPY = OverToneConfig(lam=1.0, epsilon=0.0)
-HELD = OverToneConfig(epsilon=50.0, hold_settled=True)
+HELD = OverToneConfig(epsilon=50.0, hold="settled")
 SETTINGS: dict[str, dict[str, Any]] = {
     "ADALORA": {"total_step": 10, "init_r": 2, "orth_reg_weight": 5.0},
     "ADAPTION_PROMPT": {"adapter_len": 2, "adapter_layers": 1, "target_modules": "self_attn"},

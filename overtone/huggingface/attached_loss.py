@@ -12,7 +12,7 @@ from torch import Tensor
 from overtone.config import OverToneConfig
 from overtone.huggingface.calls import Calls
 from overtone.huggingface.fused_head import FusedHead
-from overtone.huggingface.holding import can_be_held, is_cut_off
+from overtone.huggingface.holding import is_cut_off
 from overtone.huggingface.loss import (
     CROSS_ENTROPY,
     EvalLoss,
@@ -66,7 +66,7 @@ class AttachedLoss:
         # Outside of a forward, someone has called the function directly: that vouches for no forward.
         if (call := self.calls.current) is not None:
             call.has_asked = True
-            if can_be_held(config):
+            if config.hold is not None:
                 call.is_held |= is_cut_off(loss, *sources)
         return loss
 

@@ -16,7 +16,7 @@ from overtone.huggingface.attached_loss import AttachedLoss
 from overtone.huggingface.calls import Calls
 from overtone.huggingface.forward import RECORD, WatchedForward, refuse_wrapper, unwatch, watch
 from overtone.huggingface.fused_head import FusedHead, refuse_unfusable_model
-from overtone.huggingface.holding import can_be_held, cut_off_added_terms
+from overtone.huggingface.holding import cut_off_added_terms
 from overtone.huggingface.loss import EvalLoss, Observer, check_eval_loss, checked_config
 from overtone.huggingface.verification import find_causal_lm, refuse_unsupported_model, verify_loss_is_called
 from overtone.huggingface.wrappers import keeps_forward_of, peft_wrappers
@@ -59,7 +59,7 @@ class Record:
     @property
     def can_be_held(self) -> bool:
         """Whether the newest loss may hold a step."""
-        return can_be_held(self.layers[-1].function.config)
+        return self.layers[-1].function.config.hold is not None
 
 
 class Attachment:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from overtone.huggingface.calls import Call
-from overtone.huggingface.holding import cut_off_added_terms, cut_off_output, let_shards_go
+from overtone.huggingface.holding import cut_off_added_terms, cut_off_output
 from overtone.huggingface.trainers import calling_frames, calling_trainer, items_that_count, smooths_labels, trains
 from overtone.huggingface.verification import WAY_OUT, fused_by
 from overtone.huggingface.wrappers import added_loss, for_virtual_tokens, refuse_replaced_loss
@@ -74,7 +74,6 @@ class WatchedForward:
             )
         elif call.is_held and _has_loss(output):
             output = cut_off_output(output)
-            let_shards_go([self.model, *(frame.f_locals.get("self") for frame in calling_frames())])
         return output
 
 

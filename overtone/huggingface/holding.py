@@ -9,15 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from overtone.config import OverToneConfig
 from overtone.hold import sends_nothing, without_effect
 
 _MARK = "_overtone_is_held"
-
-
-def can_be_held(config: OverToneConfig) -> bool:
-    """Whether the settings ask for a hold."""
-    return config.hold is not None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from overtone.config import OverToneConfig
 from overtone.hold import without_effect
 from overtone.huggingface.alignment import labels_are_shifted
-from overtone.huggingface.holding import can_be_held, is_cut_off, let_shards_go
+from overtone.huggingface.holding import is_cut_off, let_shards_go
 from overtone.huggingface.loss import (
     CROSS_ENTROPY,
     EvalLoss,
@@ -121,7 +121,7 @@ class ComputeLoss:
         loss = causal_lm_loss(
             logits, config=config, num_items_in_batch=num_items_in_batch, observer=self.observer, **given
         )
-        is_held = can_be_held(config) and is_cut_off(loss, logits)
+        is_held = config.hold is not None and is_cut_off(loss, logits)
         if is_held and model is not None:
             let_shards_go(model.modules())
         if auxiliary is None:
