@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
@@ -158,10 +159,25 @@ def without_effect(loss: Tensor) -> Tensor:
     have left wait for a backward pass of the last one to be exchanged (DistributedDataParallel's `no_sync`): then it
     goes through the model with zeros, which add nothing to them.
     """
-    if are_several_ranks(None) and _has_gradients_below(loss):
-        zeroed: Tensor = _ZeroGradient.apply(loss)  # type: ignore[no-untyped-call]
-        return zeroed
+    if are_several_ranks(None):
+        nodes = list(_nodes_below(loss))
+        if not RESHARDS_BY_ITSELF.get() and any(node.name().startswith(_FSDP2_NODE) for node in nodes):
+            warnings.warn(
+                "a held step has no backward pass, before which FSDP2 keeps the root's weights as they are: where it "
+                "is one of several micro-batches, call model.reshard() after it, or use overtone.huggingface",
+                stacklevel=4,
+            )
+        weights = (getattr(node, "variable", None) for node in nodes)
+        if any(weight is not None and weight.grad is not None for weight in weights):
+            zeroed: Tensor = _ZeroGradient.apply(loss)  # type: ignore[no-untyped-call]
+            return zeroed
     return loss.detach().requires_grad_().clone()
+
+
+RESHARDS_BY_ITSELF: ContextVar[bool] = ContextVar("overtone_reshards_by_itself", default=False)
+"""Whether who asks for a loss sees to FSDP2's weights after a held step."""
+
+_FSDP2_NODE = "RegisterPostBackwardFunction"
 
 
 def sends_nothing(node: torch.autograd.graph.Node) -> bool:
@@ -185,20 +201,15 @@ def are_several_ranks(group: ProcessGroup | None) -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size(group) > 1
 
 
-def _has_gradients_below(loss: Tensor) -> bool:
-    """Whether a weight that the loss depends on has a gradient already."""
-    nodes = [loss.grad_fn]
-    seen = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        weight = getattr(node, "variable", None)
-        if weight is not None and weight.grad is not None:
-            return True
-        nodes += [below for below, _ in node.next_functions]
-    return False
+def _nodes_below(loss: Tensor) -> Iterator[torch.autograd.graph.Node]:
+    """Every node of the graph that the loss has come from."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [below for below, _ in node.next_functions]
+            yield node
 
 
 Arguments = ParamSpec("Arguments")

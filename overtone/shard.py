@@ -43,6 +43,13 @@ class VocabularyShard:
         """Replace the values by their sums over the ranks."""
         dist.all_reduce(values, group=self.group)
 
+    def whole_rows(self, part: Tensor) -> Tensor:
+        """Rows ``(B, V)`` of the whole vocabulary, from this rank's part ``(B, V_local)`` of them."""
+        rows = part.new_zeros(len(part), self.size)
+        rows[:, self.start : self.start + part.shape[1]] = part
+        self.total(rows)
+        return rows
+
     def gathered(self, values: Tensor) -> Tensor:
         """The values of every rank, ``(ranks, *values.shape)``."""
         parts = values.new_empty(dist.get_world_size(self.group), *values.shape)

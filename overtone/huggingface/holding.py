@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from overtone.hold import sends_nothing, without_effect
+from overtone.hold import RESHARDS_BY_ITSELF, HoldValue, sends_nothing, without_effect
 
 _MARK = "_overtone_is_held"
 
@@ -32,15 +33,29 @@ def is_cut_off(loss: Tensor, *sources: Tensor | None) -> bool:
     return bool(wanted)
 
 
+@contextmanager
+def resharding(hold: HoldValue) -> Iterator[None]:
+    """Where whoever asks for a loss sees to FSDP2's weights: they come through its forward, or `let_shards_go`."""
+    if hold is None:  # so that torch.compile, which traces no hold, need not trace this
+        yield
+        return
+    token = RESHARDS_BY_ITSELF.set(True)
+    try:
+        yield
+    finally:
+        RESHARDS_BY_ITSELF.reset(token)
+
+
 def let_shards_go(modules: Iterable[object]) -> None:
     """Give up the whole weights that FSDP2 keeps until a backward pass, which a held step has none of.
 
     They would be used again, as they are, in the next forward, past an optimiser's step in between.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in modules if fsdp is not None else ():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
+    if fsdp is not None:
+        for module in modules:
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
 
 
 def cut_off_output(output: Any) -> Any:

@@ -10,6 +10,8 @@ import argparse
 import copy
 import itertools
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -22,36 +24,49 @@ import tiny_models
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
 from overtone import OverToneConfig, overtone_loss
-from overtone.huggingface import attach
+from overtone.huggingface import attach, compute_loss_func
 
 CONFIG = OverToneConfig(hold="correct")
-MICRO_BATCHES, STEPS, LR = 3, 20, 1e-2
+MICRO_BATCHES, STEPS, LR = 3, 40, 1e-2
+NO_LABELS = 60
 OPTIMIZERS = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
-def micro_batches(processes: int) -> torch.Tensor:
-    """Rows of token ids ``(micro-batches, processes, rows, length)``, harder to learn from the first to the last."""
-    ids = torch.randint(3, 61, (MICRO_BATCHES, processes, 1, 6), generator=torch.Generator().manual_seed(0))
+def micro_batches(processes: int, *, some_without_labels: bool) -> torch.Tensor:
+    """Rows of token ids ``(micro-batches, processes, rows, length)``; one process may have none of a micro-batch."""
+    ids = torch.randint(3, NO_LABELS, (MICRO_BATCHES, processes, 1, 6), generator=torch.Generator().manual_seed(0))
     ids[1:, ..., 3:] = ids[1:, ..., :3]
+    if some_without_labels:
+        ids[1, -1, :, 0] = NO_LABELS
     return ids
+
+
+def labels_of(ids: torch.Tensor) -> torch.Tensor:
+    """Rows that begin with NO_LABELS have none."""
+    return ids.masked_fill(ids[:, :1] == NO_LABELS, -100)
 
 
 def plain_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """The function by itself, on a model's logits."""
     logits = model(input_ids=ids).logits
-    return overtone_loss(logits[:, :-1], ids[:, 1:], **CONFIG.as_kwargs())
+    return overtone_loss(logits[:, :-1], labels_of(ids)[:, 1:], reduction="sum", **CONFIG.as_kwargs()) / places(ids)
 
 
 def attached_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids, labels=ids).loss
+    return model(input_ids=ids, labels=labels_of(ids), num_items_in_batch=places(ids)).loss
+
+
+def places(ids: torch.Tensor) -> int:
+    """What to divide by, so that the mean over the processes is one process' own."""
+    return len(ids) * (ids.shape[1] - 1)
 
 
 def steps(model: Any, own: torch.Tensor, loss: Loss, optimizer: Any, *, accumulates: bool = False) -> int:
@@ -87,21 +102,72 @@ def ddp_attached(model: Any, own: torch.Tensor, optimizer: Any) -> None:
         steps(wrapped, own, attached_loss, optimizer(wrapped.parameters(), LR), accumulates=True)
 
 
-def fsdp2_attached(model: Any, own: torch.Tensor, optimizer: Any) -> None:
+def _shard(model: Any) -> None:
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
+
+
+def fsdp2_attached(model: Any, own: torch.Tensor, optimizer: Any) -> None:
+    _shard(model)
     with attach(model, CONFIG):
         steps(model, own, attached_loss, optimizer(model.parameters(), LR))
 
 
-def fsdp2_around_peft(model: Any, own: torch.Tensor, optimizer: Any) -> None:
-    """The root that FSDP2 keeps whole is PEFT's wrapper, not the model that the loss is attached to."""
-    for layer in model.base_model.model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    with attach(model, CONFIG):
-        steps(model, own, attached_loss, optimizer([p for p in model.parameters() if p.requires_grad], LR))
+def fsdp2_plain(model: Any, own: torch.Tensor, optimizer: Any) -> None:
+    """The function by itself sees no model: it warns, and the loop does what it says."""
+
+    def loss(sharded: Any, ids: torch.Tensor) -> torch.Tensor:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            value = plain_loss(sharded, ids)
+        if any("model.reshard()" in str(warning.message) for warning in caught):
+            sharded.reshard()
+        return value
+
+    _shard(model)
+    steps(model, own, loss, optimizer(model.parameters(), LR))
+
+
+def fsdp2_computed(model: Any, own: torch.Tensor, optimizer: Any) -> None:
+    """The loss is worked out after the model's forward, of its outputs."""
+    _shard(model)
+    compute_loss = compute_loss_func(CONFIG, model=model)
+    steps(
+        model,
+        own,
+        lambda m, ids: compute_loss(m(input_ids=ids), labels_of(ids), places(ids)),
+        optimizer(model.parameters(), LR),
+    )
+
+
+def trainer(model: Any, own: torch.Tensor, optimizer: Any) -> None:
+    """Trainer accumulates under no_sync, and divides by the tokens of all micro-batches and processes."""
+    every_rank = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(every_rank, own.contiguous())
+    rows = torch.stack(every_rank, dim=1).flatten(0, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=len(own),
+            num_train_epochs=STEPS,
+            max_grad_norm=0,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            ddp_find_unused_parameters=False,
+            train_sampling_strategy="sequential",
+        )
+        Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=[{"input_ids": ids, "labels": ids} for ids in rows],
+            optimizers=(optimizer(model.parameters(), LR), None),
+            compute_loss_func=compute_loss_func(CONFIG),
+        ).train()
 
 
 def accelerator(model: Any, own: torch.Tensor, optimizer: Any) -> None:
@@ -121,7 +187,9 @@ ENGINES: dict[str, Callable[[Any, torch.Tensor, Any], None]] = {
     "ddp_views": lambda *arguments: ddp(*arguments, gradient_as_bucket_view=True),
     "ddp_attached": ddp_attached,
     "fsdp2_attached": fsdp2_attached,
-    "fsdp2_around_peft": fsdp2_around_peft,
+    "fsdp2_plain": fsdp2_plain,
+    "fsdp2_computed": fsdp2_computed,
+    "trainer": trainer,
     "accelerator": accelerator,
 }
 
@@ -129,14 +197,9 @@ ENGINES: dict[str, Callable[[Any, torch.Tensor, Any], None]] = {
 def check(engine: str, optimizer: str) -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
     model = tiny_models.build(sharpness=3).double()
-    if engine == "fsdp2_around_peft":
-        torch.manual_seed(0)
-        model = get_peft_model(
-            model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=64, target_modules="all-linear")
-        )
-        torch.nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
     alone = copy.deepcopy(model)
-    batches = micro_batches(processes)
+    # Trainer divides by the labels that there are.
+    batches = micro_batches(processes, some_without_labels=engine != "trainer")
     optimizer_class = OPTIMIZERS[optimizer]
     ENGINES[engine](model, batches[:, rank], optimizer_class)
 
