@@ -225,10 +225,12 @@ class OneProcess:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("engines", choices=sorted(ENGINES), nargs="+")
+    parser.add_argument("--optimizers", choices=sorted(OPTIMIZERS), nargs="+", default=sorted(OPTIMIZERS))
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    for engine in parser.parse_args().engines:
-        for optimizer in OPTIMIZERS:
+    for engine in arguments.engines:
+        for optimizer in arguments.optimizers:
             check(engine, optimizer)
         sys.stdout.write(f"{engine}: rank {dist.get_rank()} of {dist.get_world_size()} agrees\n")
         sys.stdout.flush()
