@@ -105,7 +105,7 @@ def open_down_projection(model: Any, *, layer: int | None = None) -> Iterator[li
     """
     weight = _down_projection(model, layer)
     saved = weight.detach().clone()
-    with _frozen(model):
+    with frozen(model):
         weight.requires_grad_(True)
         try:
             yield [weight]
@@ -143,7 +143,7 @@ def open_lora(model: Any, *, rank: int = 8, alpha: int = 32, seed: int = 0) -> I
         target_modules=["c_attn"] if joint else ["q_proj", "v_proj"],
         fan_in_fan_out=joint,
     )
-    with _frozen(model):
+    with frozen(model):
         with torch.random.fork_rng(), warnings.catch_warnings():
             # PEFT asks transformers for an attribute that transformers has renamed.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -197,7 +197,7 @@ def named_methods(names: Iterable[str]) -> list[EditingMethod]:
 
 
 @contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def frozen(model: Any) -> Iterator[None]:
     """Evaluation mode (no dropout) and no weight that wants a gradient, as long as the context lasts."""
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}

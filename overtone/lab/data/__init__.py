@@ -1,0 +1,1 @@
+"""Published editing data as corpora."""

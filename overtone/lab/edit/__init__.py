@@ -1,0 +1,1 @@
+"""Editing methods: which weights an edit moves, and how."""
