@@ -15,36 +15,14 @@ REDUCTIONS = get_args(Reduction)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_hyperparameters(
-    epsilon: float,
-    n_sigma: float | None,
-    lam: float,
-    check: bool,
-    hold_settled: bool | float,
-    hold_correct: bool,
-) -> None:
+def check_hyperparameters(epsilon: float, n_sigma: float | None, lam: float, check: bool) -> None:
     """Raise a ValueError or TypeError that names the argument, its value and what was expected."""
     _check_number("epsilon", epsilon, "a finite number of nats, 0 or above", lambda value: value >= 0)
     if n_sigma is not None:
         _check_number("n_sigma", n_sigma, "a finite number above 0, or None for no filter", lambda value: value > 0)
     _check_number("lam", lam, "a number in [0, 1]", lambda value: 0 <= value <= 1)
-    for name, value in (("check", check), ("hold_correct", hold_correct)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
-    if isinstance(hold_settled, float) and hold_settled == math.inf:
-        if not hold_correct:
-            raise ValueError(
-                "hold_settled=inf would hold every call: pass hold_correct=True with it, or a number of nats"
-            )
-    else:
-        check_hold(hold_settled)
-
-
-def check_hold(hold_settled: bool | float) -> None:
-    """Raise a ValueError or TypeError unless it is True, False or a number above 0."""
-    if not isinstance(hold_settled, bool):
-        expected = "True, False, or a mean KL in nats above 0 at which to hold (math.inf with hold_correct alone)"
-        _check_number("hold_settled", hold_settled, expected, lambda value: value > 0)
+    if not isinstance(check, bool):
+        raise TypeError(f"check must be True or False, got {check!r} of type {type(check).__name__}")
 
 
 def check_reduction(reduction: str, ignore_index: int) -> None:
@@ -122,16 +100,12 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-def flatten_tokens(
-    logits: Tensor, labels: Tensor, reference_logits: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(..., V)`` to ``(N, V)`` and ``(...)`` to ``(N,)`` int64; the reference detached."""
-    vocabulary = logits.shape[-1]
-    reference = None if reference_logits is None else reference_logits.detach().reshape(-1, vocabulary)
+def flatten_tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """``(..., V)`` to ``(N, V)`` and ``(...)`` to ``(N,)`` int64."""
     # What is flat already stays as it is: a view of it would be a node of the graph, or time, for nothing.
-    flat_logits = logits if logits.dim() == 2 else logits.reshape(-1, vocabulary)
+    flat_logits = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     flat_labels = labels if labels.dim() == 1 else labels.reshape(-1)
-    return flat_logits, flat_labels.long(), reference
+    return flat_logits, flat_labels.long()
 
 
 def working_dtype(logits: Tensor) -> torch.dtype:

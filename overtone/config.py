@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from overtone.checks import check_hyperparameters
-from overtone.hold import Hold
+from overtone.hold import OLD_NAMES, HoldValue, accepts_old_names, old_values, read_hold
 
 __all__ = ["PRESETS", "RECOMMENDED", "OverToneConfig"]
 
@@ -16,6 +16,8 @@ __all__ = ["PRESETS", "RECOMMENDED", "OverToneConfig"]
 @dataclass(frozen=True)
 class OverToneConfig:
     """The settings of the loss; each is the argument of `overtone_loss` of the same name.
+
+    Several words of a hold are kept in one order: "correct", "settled", the number.
 
     Raises:
         ValueError, TypeError: for a value out of range or of the wrong type.
@@ -25,12 +27,12 @@ class OverToneConfig:
     n_sigma: float | None = 0.5
     lam: float = 0.1
     check: bool = True
-    hold_settled: Hold = False
-    hold_correct: bool = False
+    hold: HoldValue = None
 
     def __post_init__(self) -> None:
-        """Validate."""
-        check_hyperparameters(**asdict(self))
+        """Validate, and write hold the one way in which equal settings are equal."""
+        check_hyperparameters(self.epsilon, self.n_sigma, self.lam, self.check)
+        object.__setattr__(self, "hold", read_hold(self.hold).value)
 
     @classmethod
     def preset(cls, method: str, **changes: Any) -> OverToneConfig:
@@ -62,10 +64,19 @@ class OverToneConfig:
             raise ValueError(f"method must be one of {sorted(settings)}, got {method!r}")
         return cls(**{**settings[method], **changes})
 
+    def __getattr__(self, name: str) -> Any:
+        """The hold by its old names, with a DeprecationWarning."""
+        if name not in OLD_NAMES:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        warnings.warn(f"{name} is now a part of hold", DeprecationWarning, stacklevel=2)
+        return old_values(self.hold)[name]
+
     def as_kwargs(self) -> dict[str, Any]:
         """The fields as keyword arguments of `overtone_loss`."""
         return asdict(self)
 
+
+OverToneConfig.__init__ = accepts_old_names(OverToneConfig.__init__)  # type: ignore[method-assign]
 
 PRESETS: dict[str, dict[str, float]] = {
     "ft-m": {"epsilon": 0.01, "n_sigma": 0.5, "lam": 0.1},
@@ -75,10 +86,10 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 """The paper's values, by method."""
 
-_UNTIL_CORRECT = {"epsilon": 0.0, "lam": 0.5, "check": False, "hold_settled": math.inf, "hold_correct": True}
+_UNTIL_CORRECT = {"epsilon": 0.0, "lam": 0.5, "check": False, "hold": "correct"}
 
 RECOMMENDED: dict[str, dict[str, Any]] = {
-    "ft-m": {**PRESETS["ft-m"], "lam": 0.5, "hold_settled": 0.2, "hold_correct": True},
+    "ft-m": {**PRESETS["ft-m"], "lam": 0.5, "hold": ("correct", 0.2)},
     "lora": {**PRESETS["lora"], **_UNTIL_CORRECT},
     "melo": {**PRESETS["melo"], **_UNTIL_CORRECT},
     "wise": {**PRESETS["wise"], **_UNTIL_CORRECT},

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from overtone.checks import check_labels, check_tensors, flatten_tokens, working_dtype
-from overtone.compiled import BLOCK_ELEMENTS
 from overtone.config import OverToneConfig
 from overtone.functional import ground_truth_check, mix_target, top_n_sigma_filter
+from overtone.hold import is_settled, read_hold
 from overtone.loss import overtone_loss
 
 __all__ = ["TokenStates", "token_states", "underfitting_degree"]
+
+BLOCK_ELEMENTS = 2**19
+"""Logits of as many rows as are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class TokenStates:
     Attributes:
         kl: KL(target || prediction) before the clip, in nats; 0 where ignored.
         log_prob: log-probability of the true token, in nats; 0 where ignored.
-        settled: the KL is below epsilon, so the token sends no gradient.
+        settled: `overtone.hold.is_settled`: its KL is below epsilon, so it sends no gradient.
         mixed: the ground-truth check passed, so the target mixes in the model's own distribution.
         kept: how many tokens the top-n-sigma filter kept; 0 where ignored.
         correct: the true token is the model's most probable one.
@@ -62,10 +65,11 @@ def token_states(
     """
     config = config or OverToneConfig()
     check_tensors(logits, labels, reference_logits)
-    token_logits, token_labels, reference = flatten_tokens(logits, labels, reference_logits)
+    token_logits, token_labels = flatten_tokens(logits, labels)
+    reference = None if reference_logits is None else reference_logits.reshape(token_logits.shape)
     check_labels(token_labels, token_logits.shape[-1], ignore_index)
     counted = token_labels != ignore_index
-    settings = {**config.as_kwargs(), "epsilon": 0.0, "hold_settled": False}
+    settings = {**config.as_kwargs(), "epsilon": 0.0, "hold": None}
     kl = overtone_loss(
         token_logits,
         token_labels,
@@ -88,9 +92,8 @@ def token_states(
         mixed[rows] = passed & ~kl[rows].isnan()
         kept[rows] = (filtered > float("-inf")).sum(dim=1)
         correct[rows] = ground_truth_check(scores, truth) & ~kl[rows].isnan()
-    settled = counted & (kl < config.epsilon)
-    if config.hold_correct:
-        settled &= correct
+    holding = read_hold(config.hold)
+    settled = counted & is_settled(kl, config.epsilon, correct if holding.correct else None)
     fields = (kl, log_prob, settled, mixed, kept, correct, counted)
     return TokenStates(*(field.reshape(labels.shape) for field in fields))
 

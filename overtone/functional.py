@@ -22,7 +22,15 @@ from overtone.checks import (
     reduce_tokens,
     working_dtype,
 )
-from overtone.hold import Hold, refuse_hold_when_distributed, release_when_held
+from overtone.hold import (
+    HoldValue,
+    accepts_old_names,
+    is_settled,
+    read_hold,
+    refuse_hold_in_graph,
+    refuse_hold_when_distributed,
+    release_when_held,
+)
 
 __all__ = [
     "build_target",
@@ -32,19 +40,28 @@ __all__ = [
     "mix_target",
     "reference_loss",
     "top_n_sigma_filter",
+    "unclipped_kl",
 ]
+
+BLOCK_ELEMENTS = 2**22
+"""Logits of as many rows as `reference_loss` has target tensors for at a time."""
 
 
 def finite_std(logits: Tensor) -> Tensor:
-    """Unbiased standard deviation of each row's logits, without those at ``-inf``.
+    """Unbiased standard deviation of each row's logits, as far as they have a probability.
+
+    Left out are banned tokens: those at ``-inf``, and those so far below the maximum that their probability relative
+    to it is below the smallest normal float32, ``s < max(s) - 87.33...``, in whatever precision. Many models ban with a
+    number instead (``finfo.min``, ``-1e9``, ``-1e4``), which would widen the deviation until the filter keeps all.
 
     Args:
         logits: ``(..., V)``, float32 or float64.
 
     Returns:
-        ``(..., 1)``; 0 where fewer than two logits are above ``-inf``.
+        ``(..., 1)``; 0 where fewer than two logits take part.
     """
-    counted = logits > -math.inf
+    underflow = -math.log(torch.finfo(torch.float32).tiny)
+    counted = logits >= logits.amax(dim=-1, keepdim=True) - underflow
     count = counted.sum(dim=-1, keepdim=True, dtype=torch.int32)
     mean = torch.where(counted, logits, 0).sum(dim=-1, keepdim=True) / count.clamp(min=1)
     squares = torch.where(counted, logits - mean, 0).square().sum(dim=-1, keepdim=True)
@@ -118,6 +135,20 @@ def build_target(logits: Tensor, labels: Tensor, n_sigma: float | None, lam: flo
     return torch.where(ground_truth_check(candidate, labels).unsqueeze(-1), candidate, truth)
 
 
+def unclipped_kl(target: Tensor, logits: Tensor) -> Tensor:
+    """``KL(target || softmax(logits))`` (Eq. 2, without its maximum).
+
+    Args:
+        target: ``(..., V)``, probabilities.
+        logits: ``(..., V)``.
+
+    Returns:
+        ``(...)``, in nats.
+    """
+    log_probs = logits.log_softmax(dim=-1)
+    return torch.where(target == 0, 0, target * (target.log() - log_probs)).sum(dim=-1)
+
+
 def clipped_kl(target: Tensor, logits: Tensor, epsilon: float) -> Tensor:
     """``max(KL(target || softmax(logits)), epsilon)``: a token closer than epsilon is let go (Eq. 2).
 
@@ -129,12 +160,37 @@ def clipped_kl(target: Tensor, logits: Tensor, epsilon: float) -> Tensor:
     Returns:
         ``(...)``, in nats.
     """
-    log_probs = logits.log_softmax(dim=-1)
-    terms = torch.where(target == 0, 0, target * (target.log() - log_probs))
-    kl = terms.sum(dim=-1)
-    return torch.where(kl < epsilon, epsilon, kl) if epsilon > 0 else kl
+    kl = unclipped_kl(target, logits)
+    return torch.where(is_settled(kl, epsilon, None), epsilon, kl) if epsilon > 0 else kl
 
 
+def algorithm_1(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float = 0.05,
+    n_sigma: float | None = 0.5,
+    lam: float = 0.1,
+    check: bool = True,
+    unedited_logits: Tensor | None = None,
+) -> Tensor:
+    """The loss of each token, line by line (Algorithm 1).
+
+    Args:
+        logits: ``(..., V)``, float32 or float64.
+        labels: ``(...)``, token ids in ``[0, V)``.
+        epsilon, n_sigma, lam, check: as in `overtone.overtone_loss`.
+        unedited_logits: ``(..., V)``, whose filtered distribution is mixed in; None for the logits themselves.
+
+    Returns:
+        ``(...)``, in nats.
+    """
+    knowledge = (logits if unedited_logits is None else unedited_logits).detach()
+    target = build_target(knowledge, labels, n_sigma, lam, check)
+    return clipped_kl(target, logits, epsilon)
+
+
+@accepts_old_names
 def reference_loss(
     logits: Tensor,
     labels: Tensor,
@@ -146,32 +202,39 @@ def reference_loss(
     reference_logits: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
-    hold_settled: Hold = False,
-    hold_correct: bool = False,
+    hold: HoldValue = None,
 ) -> Tensor:
     """The OverTone loss by its definition, for readers and for tests; arguments as in `overtone.overtone_loss`.
 
     float64 is its yardstick: in float32 a KL near 0 may round to a little below it.
     """
-    check_hyperparameters(epsilon, n_sigma, lam, check, hold_settled, hold_correct)
+    holding = read_hold(hold)
+    check_hyperparameters(epsilon, n_sigma, lam, check)
     check_reduction(reduction, ignore_index)
     check_tensors(logits, labels, reference_logits)
-    refuse_hold_when_distributed(hold_settled)
-    token_logits, token_labels, token_reference = flatten_tokens(logits, labels, reference_logits)
-    check_labels(token_labels, token_logits.shape[-1], ignore_index)
+    refuse_hold_when_distributed(holding)
+    refuse_hold_in_graph(holding)
+    token_logits, token_labels = flatten_tokens(logits, labels)
+    if logits.device.type == "cpu":  # elsewhere a synchronisation
+        check_labels(token_labels, logits.shape[-1], ignore_index)
 
     counted = token_labels != ignore_index
-    s = token_logits[counted].to(working_dtype(logits))
-    y = token_labels[counted]
-    source = s if token_reference is None else token_reference[counted].to(s.dtype)
-    with torch.no_grad():
-        target = build_target(source, y, n_sigma, lam, check)
-        kl = clipped_kl(target, s, epsilon=0)
-
-    clipped, correct = clipped_kl(target, s, epsilon), None
-    if hold_correct:
-        correct = ground_truth_check(s.detach(), y)
-        clipped = torch.where(correct, clipped, clipped_kl(target, s, epsilon=0))
-    token_loss = s.new_zeros(token_labels.shape).masked_scatter(counted, clipped)
-    token_loss = release_when_held(token_loss, kl, epsilon, hold_settled, correct)
-    return reduce_tokens(token_loss, counted, reduction).reshape(labels.shape if reduction == "none" else ())
+    truth = token_labels.where(counted, 0)
+    scores = token_logits.where(counted.unsqueeze(1), 0).to(working_dtype(logits))
+    unedited = scores if reference_logits is None else reference_logits.reshape(token_logits.shape).to(scores.dtype)
+    size = max(1, BLOCK_ELEMENTS // logits.shape[-1])
+    blocks = zip(*(tensor.split(size) for tensor in (scores, truth, unedited)), strict=True)
+    kl = torch.cat(
+        [
+            algorithm_1(s, y, epsilon=0, n_sigma=n_sigma, lam=lam, check=check, unedited_logits=source)
+            for s, y, source in blocks
+        ]
+    )
+    kl = kl.where(counted, 0)
+    correct = ground_truth_check(scores.detach(), truth) if holding.correct else None
+    settled = counted & is_settled(kl, epsilon, correct)
+    loss = reduce_tokens(torch.where(settled, epsilon, kl), counted, reduction)
+    if holding:
+        waits_for = None if correct is None else correct[counted]
+        loss = release_when_held(loss, kl.detach()[counted], epsilon, holding, waits_for)
+    return loss.reshape(labels.shape) if reduction == "none" else loss

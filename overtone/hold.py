@@ -1,4 +1,4 @@
-"""Held steps: a batch that needs nothing more gives no gradient at all.
+"""When a token is settled, and held steps: a batch that needs nothing more gives no gradient at all.
 
 Zeros are not enough. Adam and momentum go on moving every weight on zero gradients, drift away from the fit and
 un-settle the tokens. A held loss is cut off from the model instead: `backward` still works on it, but every
@@ -9,21 +9,18 @@ reentrant checkpointing, compiled models, custom kernels.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-Hold: TypeAlias = bool | float
-
-
-def refuse_hold_when_distributed(hold_settled: Hold) -> None:
-    """Raise a ValueError where wrappers such as DDP and FSDP wait for a gradient of every parameter on every rank."""
-    if hold_settled is not False and torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise ValueError(
-            f"hold_settled={hold_settled!r} cannot be used while torch.distributed is initialised: DDP and FSDP need a "
-            "gradient from every parameter in every step, and a held step has none; pass hold_settled=False"
-        )
+HoldValue: TypeAlias = bool | str | float | Sequence[str | float] | None
+"""What an argument `hold` takes; see `read_hold`."""
 
 
 def is_settled(token_kl: Tensor, epsilon: float, correct: Tensor | None) -> Tensor:
@@ -32,30 +29,178 @@ def is_settled(token_kl: Tensor, epsilon: float, correct: Tensor | None) -> Tens
     return settled if correct is None else settled & correct
 
 
-def release_when_held(
-    token_loss: Tensor, token_kl: Tensor, epsilon: float, hold_settled: Hold, correct: Tensor | None = None
-) -> Tensor:
-    """The token losses, cut off from the model if the call is held.
+@dataclass(frozen=True)
+class Hold:
+    """What must be true of a call's counted tokens for it to be held; with nothing of it, no call is.
+
+    Attributes:
+        correct: every label is strictly the model's first choice; then no other token is settled either.
+        settled: every token is settled.
+        mean: in nats; the mean KL is at or below it. None for no such bound.
+    """
+
+    correct: bool = False
+    settled: bool = False
+    mean: float | None = None
+
+    def __bool__(self) -> bool:
+        """Whether there is any condition."""
+        return self.correct or self.settled or self.mean is not None
+
+    @property
+    def value(self) -> str | float | tuple[str | float, ...] | None:
+        """The argument that says the same, written in one way."""
+        words = ["correct"] * self.correct + ["settled"] * self.settled
+        parts: tuple[str | float, ...] = (*words, *([] if self.mean is None else [self.mean]))
+        return parts if len(parts) > 1 else parts[0] if parts else None
+
+    def is_met(self, token_kl: Tensor, epsilon: float, correct: Tensor | None) -> bool:
+        """Whether a call is held; one without tokens needs nothing.
+
+        Args:
+            token_kl: ``(M,)``, of the counted tokens, unclipped, in nats.
+            epsilon: a token is settled below it.
+            correct: ``(M,)``, bool; needed where the hold waits for it.
+        """
+        if not self:
+            return False
+        if token_kl.numel() == 0:
+            return True
+        met = torch.ones((), dtype=torch.bool, device=token_kl.device)
+        if self.correct:
+            assert correct is not None
+            met = met & correct.all()
+        if self.settled:
+            met = met & is_settled(token_kl, epsilon, None).all()
+        if self.mean is not None:
+            met = met & (token_kl.mean() <= self.mean)
+        return bool(met)
+
+
+NEVER = Hold()
+
+EXPECTED = (
+    "None, 'settled', 'correct', a mean KL in nats above 0 at which to hold, or a tuple of these that must all be true"
+)
+
+
+def read_hold(value: HoldValue) -> Hold:
+    """The conditions that an argument `hold` names.
 
     Args:
-        token_loss: of any shape, with its graph.
-        token_kl: ``(M,)``, the unclipped KL of the label tokens alone, in nats.
-        epsilon: a token is settled below it.
-        hold_settled: True holds when every label token is settled; a number holds when their mean KL is at or below
-            it. A call without label tokens needs nothing, so it is held by either.
-        correct: ``(M,)``, whether each label token is the most probable one; given, a hold waits for all of them.
+        value: None or False; "settled" or True; "correct"; a number of nats; or several of these in a tuple or list.
+
+    Raises:
+        ValueError, TypeError: for anything else, with what was expected.
+    """
+    if value is None or value is False:
+        return NEVER
+    parts: list[object] = list(value) if isinstance(value, (tuple, list)) else ["settled" if value is True else value]
+    for part in parts:
+        if isinstance(part, bool) or not isinstance(part, (str, int, float)):
+            raise TypeError(f"hold must be {EXPECTED}, got {value!r} of type {type(value).__name__}")
+    words = [part for part in parts if isinstance(part, str)]
+    numbers = [float(part) for part in parts if isinstance(part, (int, float))]
+    if math.inf in numbers:
+        raise ValueError(f"hold={value!r} would hold every call: pass 'correct', or a number of nats")
+    is_known = all(word in ("correct", "settled") for word in words) and all(number > 0 for number in numbers)
+    if not parts or not is_known or len(set(words)) < len(words) or len(numbers) > 1:
+        raise ValueError(f"hold must be {EXPECTED}, got {value!r}")
+    return Hold("correct" in words, "settled" in words, numbers[0] if numbers else None)
+
+
+def refuse_hold_when_distributed(hold: Hold) -> None:
+    """Raise a ValueError where wrappers such as DDP and FSDP wait for a gradient of every parameter on other ranks."""
+    if not hold or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            f"hold={hold.value!r} cannot be used on {torch.distributed.get_world_size()} ranks: DDP and FSDP need a "
+            "gradient from every parameter in every step, and a held step has none; pass hold=None"
+        )
+
+
+def refuse_hold_in_graph(hold: Hold) -> None:
+    """Raise a ValueError while torch.compile traces: which gradients there are cannot depend on values in a graph.
+
+    Where a graph may break (``fullgraph=False``) torch.compile then runs the function outside of it.
+    """
+    if hold and torch.compiler.is_compiling():
+        raise ValueError(
+            f"hold={hold.value!r} cannot be used inside torch.compile(fullgraph=True), since whether a step is held "
+            "depends on its values: compile the model alone and call the loss outside, or pass hold=None"
+        )
+
+
+def release_when_held(loss: Tensor, token_kl: Tensor, epsilon: float, hold: Hold, correct: Tensor | None) -> Tensor:
+    """The loss, cut off from the model if the call is held.
+
+    Args:
+        loss: of any shape, with its graph.
+        token_kl, epsilon, correct: as in `Hold.is_met`.
+        hold: when to.
 
     Returns:
-        token_loss itself, or the same values with a graph of their own, which ends at once.
+        loss itself, or the same values with a graph of their own, which ends at once.
     """
-    if hold_settled is False or not token_loss.requires_grad:
-        return token_loss
-    if token_kl.numel() == 0:
-        held = True
-    elif hold_settled is True:
-        held = bool((token_kl < epsilon).all())
-    else:
-        held = bool(token_kl.mean() <= hold_settled)
-    if held and correct is not None:
-        held = bool(correct.all())
-    return token_loss.detach().requires_grad_().clone() if held else token_loss
+    if not loss.requires_grad or not hold.is_met(token_kl, epsilon, correct):
+        return loss
+    return loss.detach().requires_grad_().clone()
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+OLD_NAMES = ("hold_settled", "hold_correct")
+
+
+def old_values(value: HoldValue) -> dict[str, bool | float]:
+    """What hold was called when it was two arguments."""
+    hold = read_hold(value)
+    if not hold:
+        return {"hold_settled": False, "hold_correct": False}
+    first = True if hold.settled else math.inf if hold.mean is None else hold.mean
+    return {"hold_settled": first, "hold_correct": hold.correct}
+
+
+def replace_old_names(hold: HoldValue, old: dict[str, object]) -> HoldValue:
+    """What the arguments hold_settled and hold_correct say, in their places in hold.
+
+    Args:
+        hold: what they do not say.
+        old: those of the two that were given. hold_settled is True, False, a number, or math.inf to leave it to
+            hold_correct; hold_correct is True or False.
+
+    Raises:
+        ValueError, TypeError: for values that they did not take.
+    """
+    first, correct = {**old_values(hold), **old}.values()
+    if not isinstance(correct, bool):
+        raise TypeError(f"hold_correct must be True or False, got {correct!r} of type {type(correct).__name__}")
+    if not isinstance(first, (bool, int, float)):
+        raise TypeError(f"hold_settled must be True, False or a number, got {first!r} of type {type(first).__name__}")
+    if first is False:
+        if old.get("hold_correct"):
+            warnings.warn("hold_correct=True does nothing without a hold: pass hold='correct'", stacklevel=3)
+        return None
+    if first == math.inf and correct:
+        return "correct"
+    if first is not True and not 0 < first < math.inf:
+        raise ValueError(f"hold_settled must be True, False or a number of nats above 0, got {first!r}")
+    word = "settled" if first is True else first
+    return ("correct", word) if correct else word
+
+
+def accepts_old_names(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A function with an argument hold that still takes hold_settled and hold_correct, with a DeprecationWarning."""
+
+    @wraps(function)
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if "hold_settled" in kwargs or "hold_correct" in kwargs:
+            old = {name: kwargs.pop(name) for name in OLD_NAMES if name in kwargs}
+            hold = replace_old_names(kwargs.get("hold"), old)  # type: ignore[arg-type]
+            said = ", ".join(f"{name}={value!r}" for name, value in old.items())
+            warnings.warn(f"{said} is now called hold={hold!r}", DeprecationWarning, stacklevel=2)
+            kwargs["hold"] = hold
+        return function(*args, **kwargs)
+
+    return wrapped

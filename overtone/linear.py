@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +18,21 @@ from overtone.checks import (
     reduce_tokens,
     working_dtype,
 )
-from overtone.hold import Hold, is_settled, refuse_hold_when_distributed, release_when_held
-from overtone.once import refuse_second_derivative
-from overtone.rows import row_fit, slice_gradient
-from overtone.settings import TargetSettings
+from overtone.derivatives import refuse_second_derivative
+from overtone.hold import (
+    HoldValue,
+    accepts_old_names,
+    is_settled,
+    read_hold,
+    refuse_hold_when_distributed,
+    release_when_held,
+)
+from overtone.kernels import Clip, Fit, Kernel, Target, choose
 
 __all__ = ["linear_overtone_loss"]
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 CHUNK_ELEMENTS = 2**25
 
@@ -29,7 +40,23 @@ CHUNK_MULTIPLE = 64
 """A matrix product in bfloat16 takes up to a tenth longer for a number of rows that its tiles do not divide."""
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside_graphs(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function, at which torch.compile breaks its graph."""
+
+    @wraps(function)
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            from overtone.kernels.graph import call_outside  # imported while it traces, with much of the compiler
+
+            result: Result = call_outside(function, *args, **kwargs)
+            return result
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+@accepts_old_names
+@_outside_graphs
 def linear_overtone_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -41,11 +68,10 @@ def linear_overtone_loss(
     n_sigma: float | None = 0.5,
     lam: float = 0.1,
     check: bool = True,
-    reference_logits: Tensor | None = None,
+    reference_logits: None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
-    hold_settled: Hold = False,
-    hold_correct: bool = False,
+    hold: HoldValue = None,
 ) -> Tensor:
     """`overtone_loss(F.linear(hidden, weight, bias), labels, ...)` without ever holding all the logits.
 
@@ -62,8 +88,9 @@ def linear_overtone_loss(
         bias: ``(V,)`` or None.
         chunk_size: rows whose logits are held at once, or as many logits of a slice of the vocabulary of at least 64
             tokens; None for as many rows as make 2**25 logits, in multiples of 64 and at least 64.
-        epsilon, n_sigma, lam, check, ignore_index, reduction, hold_settled, hold_correct: as in `overtone_loss`.
-        reference_logits: ``(..., V)``, the unedited model's logits, as in `overtone_loss`.
+        epsilon, n_sigma, lam, check, ignore_index, reduction, hold: as in `overtone_loss`.
+        reference_logits: None, since it would be all the logits of another model, which this function is there to
+            avoid; pass it to `overtone_loss` with this model's logits.
 
     Returns:
         A scalar, or ``(...)`` for reduction "none"; float64 for float64 hidden states, else float32.
@@ -71,13 +98,19 @@ def linear_overtone_loss(
     Raises:
         ValueError, TypeError: as `overtone_loss`, and for a weight, bias or chunk_size that does not fit.
     """
-    check_hyperparameters(epsilon, n_sigma, lam, check, hold_settled, hold_correct)
+    holding = read_hold(hold)
+    check_hyperparameters(epsilon, n_sigma, lam, check)
     check_reduction(reduction, ignore_index)
+    if reference_logits is not None:
+        raise ValueError(
+            "reference_logits must be None: all logits of an unedited model are what linear_overtone_loss never holds; "
+            "pass them to overtone_loss(F.linear(hidden, weight, bias), labels, reference_logits=...)"
+        )
     _check_types(hidden, weight, bias)
     hidden, weight, bias = _in_autocast_dtype(hidden, weight, bias)
     _check_layer(hidden, weight, bias, chunk_size)
-    check_tensors(hidden.new_empty(()).expand(*hidden.shape[:-1], len(weight)), labels, reference_logits)
-    refuse_hold_when_distributed(hold_settled)
+    check_tensors(hidden.new_empty(()).expand(*hidden.shape[:-1], len(weight)), labels)
+    refuse_hold_when_distributed(holding)
     token_labels = labels.reshape(-1).long()
     check_labels(token_labels, len(weight), ignore_index)
     counted = token_labels != ignore_index
@@ -85,25 +118,19 @@ def linear_overtone_loss(
 
     # In float16 a mean's gradients would vanish before a loss scale could save them: they are divided afterwards.
     is_divided_now = reduction == "mean" and hidden.dtype != torch.float16
-    row_weight = torch.ones((), dtype=working_dtype(hidden), device=hidden.device)
-    problem = _Problem(
+    tokens = _Tokens(
         labels=token_labels[rows],
-        row_weight=row_weight / max(1, len(rows)) if is_divided_now else row_weight,
-        reference=None if reference_logits is None else reference_logits.detach().reshape(-1, len(weight))[rows],
-        settings=TargetSettings(n_sigma, float(lam), check),
-        epsilon=float(epsilon),
+        target=Target(n_sigma, float(lam), check),
+        clip=Clip(float(epsilon), holding.correct),
         chunk_size=chunk_size or CHUNK_MULTIPLE * max(1, CHUNK_ELEMENTS // CHUNK_MULTIPLE // len(weight)),
-        hold_correct=hold_correct,
+        row_weight=1 / max(1, len(rows)) if is_divided_now else 1.0,
         correct=torch.empty_like(rows, dtype=torch.bool),
     )
     kl: Tensor = _LinearKl.apply(  # type: ignore[no-untyped-call]
-        hidden.reshape(-1, hidden.shape[-1])[rows], weight, bias, problem, torch.is_grad_enabled()
+        hidden.reshape(-1, hidden.shape[-1])[rows], weight, bias, tokens, torch.is_grad_enabled()
     )
-    token_loss = kl.new_zeros(token_labels.shape).index_copy(0, rows, torch.where(problem.settled(kl), epsilon, kl))
-    if hold_settled is not False:
-        token_loss = release_when_held(
-            token_loss, kl.detach(), epsilon, hold_settled, problem.correct if hold_correct else None
-        )
+    token_loss = kl.new_zeros(token_labels.shape).index_copy(0, rows, torch.where(tokens.settled(kl), epsilon, kl))
+    token_loss = release_when_held(token_loss, kl.detach(), epsilon, holding, tokens.correct)
     return reduce_tokens(token_loss, counted, reduction).reshape(labels.shape if reduction == "none" else ())
 
 
@@ -141,25 +168,27 @@ def _check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size
         raise ValueError(f"chunk_size must be a whole number of rows, 1 or more, or None, got {chunk_size!r}")
 
 
-class _Problem(NamedTuple):
-    """What is constant for differentiation: the counted rows' labels ``(M,)``, and how to work through them.
+class _Tokens(NamedTuple):
+    """What is constant for differentiation.
 
-    row_weight is the scalar that each row's gradient is multiplied by in the forward pass, as the reduction will;
-    correct ``(M,)`` is filled in: whether each label is strictly the model's first choice.
+    Attributes:
+        labels: ``(M,)``, of the counted tokens.
+        target, clip: the settings of the loss.
+        chunk_size: rows to work on at a time.
+        row_weight: what each token's gradient is multiplied by in the forward pass, as the reduction will.
+        correct: ``(M,)``, filled in: whether each label is strictly the model's first choice.
     """
 
     labels: Tensor
-    row_weight: Tensor
-    reference: Tensor | None
-    settings: TargetSettings
-    epsilon: float
+    target: Target
+    clip: Clip
     chunk_size: int
-    hold_correct: bool
+    row_weight: float
     correct: Tensor
 
     def settled(self, kl: Tensor) -> Tensor:
-        """Whether each row is let go, given its KL."""
-        return is_settled(kl, self.epsilon, self.correct if self.hold_correct else None)
+        """Whether each token is let go, given its KL."""
+        return is_settled(kl, self.clip.epsilon, self.correct if self.clip.correct_only else None)
 
 
 class _Gradients(NamedTuple):
@@ -174,22 +203,22 @@ def _chunked(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    problem: _Problem,
-    row_weights: Tensor,
+    tokens: _Tokens,
+    row_weights: float | Tensor,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, _Gradients]:
-    """KL of each row, and the wanted gradients of ``sum(row_weights * clipped KL)``, a scalar or ``(M,)``.
+    """KL of each row, and the wanted gradients of ``sum(row_weights * clipped KL)``, a number or ``(M,)``.
 
     The gradients of weight and bias are in working precision where they are sums over chunks.
     """
     rows, vocabulary = len(hidden), len(weight)
     dtype = working_dtype(hidden)
     kl = hidden.new_empty(rows, dtype=dtype)
-    is_split = rows > problem.chunk_size
+    is_split = rows > tokens.chunk_size
     # A sum over chunks in bfloat16 would need one in float32 beside it, twice as large as the weight: there the
     # vocabulary is split afterwards instead, which makes each row of the gradient in one product. In float16, whose
-    # mean is divided afterwards, that product could overflow; and a reference's target needs whole rows.
-    by_slices = is_split and hidden.dtype == torch.bfloat16 and problem.reference is None
+    # mean is divided afterwards, that product could overflow.
+    by_slices = is_split and hidden.dtype == torch.bfloat16
     sums_dtype = dtype if is_split and not by_slices else hidden.dtype
     made = torch.empty_like if by_slices else torch.zeros_like
     gradients = _Gradients(
@@ -199,25 +228,17 @@ def _chunked(
     )
     grad_kl = torch.zeros_like(kl)
     coefficients = kl.new_empty(5, rows)
-    buffer = hidden.new_empty(min(problem.chunk_size, rows), vocabulary)
+    buffer = hidden.new_empty(min(tokens.chunk_size, rows), vocabulary)
+    kernel = choose(buffer)
     is_wanted_now = wanted[0] or (any(wanted) and not by_slices)
-    for start in range(0, rows, problem.chunk_size):
-        chunk = slice(start, min(start + problem.chunk_size, rows))
+    for start in range(0, rows, tokens.chunk_size):
+        chunk = slice(start, min(start + tokens.chunk_size, rows))
         logits = buffer[: chunk.stop - start]
         _write_logits(hidden[chunk], weight, bias, out=logits)
-        labels = problem.labels[chunk]
-        reference = None if problem.reference is None else problem.reference[chunk]
-        kl[chunk], coefficients[:, chunk], grad_kl[chunk] = row_fit(
-            logits,
-            labels,
-            reference,
-            problem.settings,
-            row_weights[chunk] if row_weights.dim() else row_weights,
-            epsilon=problem.epsilon,
-            hold_correct=problem.hold_correct,
-            overwrite=is_wanted_now,
-        )
-        problem.correct[chunk] = coefficients[4, chunk] != 0
+        weights = row_weights if isinstance(row_weights, float) else row_weights[chunk]
+        fit = _fit_chunk(kernel, logits, tokens.labels[chunk], tokens, weights, overwrite=is_wanted_now)
+        kl[chunk], coefficients[:, chunk], grad_kl[chunk] = fit.kl, fit.coefficients, fit.row_weights
+        tokens.correct[chunk] = fit.coefficients[4] != 0
         if not is_wanted_now:
             continue
         if gradients.hidden is not None:
@@ -225,8 +246,32 @@ def _chunked(
         if not by_slices:
             _add_gradients(gradients, logits, hidden[chunk])
     if by_slices and (wanted[1] or wanted[2]):
-        _write_gradients_by_slices(gradients, hidden, weight, bias, problem, coefficients, grad_kl, buffer.view(-1))
+        _write_gradients_by_slices(
+            gradients, hidden, weight, bias, tokens, kernel, coefficients, grad_kl, buffer.view(-1)
+        )
     return kl, gradients
+
+
+def _fit_chunk(
+    kernel: Kernel, logits: Tensor, labels: Tensor, tokens: _Tokens, row_weights: float | Tensor, *, overwrite: bool
+) -> Fit:
+    """The fit of a chunk's rows, with row_weights, zeros where settled; on request their gradient for the logits."""
+    scale, gradient = (row_weights, logits) if isinstance(row_weights, float) else (1.0, None)
+    fit = kernel.fit(
+        logits,
+        labels,
+        tokens.target,
+        tokens.clip,
+        reduction="sum",
+        ignore_index=-1,
+        scale=scale,
+        gradient=gradient if overwrite else None,
+    )
+    if isinstance(row_weights, Tensor):
+        fit = fit._replace(row_weights=fit.row_weights * row_weights)
+        if overwrite:
+            kernel.gradient(fit.row_weights, logits, labels, fit.coefficients, out=logits)
+    return fit
 
 
 def _write_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
@@ -255,7 +300,8 @@ def _write_gradients_by_slices(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    problem: _Problem,
+    tokens: _Tokens,
+    kernel: Kernel,
     coefficients: Tensor,
     grad_kl: Tensor,
     buffer: Tensor,
@@ -264,27 +310,28 @@ def _write_gradients_by_slices(
 
     Args:
         gradients: to write to, in the precision of hidden.
-        hidden, weight, bias, problem: as in `_chunked`.
-        coefficients: ``(5, M)``, of `row_kl`.
+        hidden, weight, bias, tokens: as in `_chunked`.
+        kernel: that of the fit.
+        coefficients: ``(5, M)``, of the fit.
         grad_kl: ``(M,)``.
         buffer: ``(chunk_size * V,)``, for the logits of a slice.
     """
     needed = grad_kl.nonzero().squeeze(1)
-    labels = problem.labels
+    labels = tokens.labels
     if len(needed) < len(grad_kl):
         hidden, labels, coefficients, grad_kl = hidden[needed], labels[needed], coefficients[:, needed], grad_kl[needed]
     width = CHUNK_MULTIPLE * max(1, len(buffer) // max(1, len(hidden)) // CHUNK_MULTIPLE)
     if len(buffer) < len(hidden) * min(width, len(weight)):
         buffer = hidden.new_empty(len(hidden) * min(width, len(weight)))
     for start in range(0, len(weight), width):
-        tokens = slice(start, min(start + width, len(weight)))
-        logits = buffer[: len(hidden) * (tokens.stop - start)].view(len(hidden), tokens.stop - start)
-        _write_logits(hidden, weight[tokens], None if bias is None else bias[tokens], out=logits)
-        slice_gradient(grad_kl, logits, labels - start, coefficients)
+        part = slice(start, min(start + width, len(weight)))
+        logits = buffer[: len(hidden) * (part.stop - start)].view(len(hidden), part.stop - start)
+        _write_logits(hidden, weight[part], None if bias is None else bias[part], out=logits)
+        kernel.gradient(grad_kl, logits, labels - start, coefficients, out=logits)
         if gradients.weight is not None:
-            torch.mm(logits.t(), hidden, out=gradients.weight[tokens])
+            torch.mm(logits.t(), hidden, out=gradients.weight[part])
         if gradients.bias is not None:
-            gradients.bias[tokens] = logits.sum(dim=0, dtype=grad_kl.dtype).to(hidden.dtype)
+            gradients.bias[part] = logits.sum(dim=0, dtype=grad_kl.dtype).to(hidden.dtype)
 
 
 class _LinearKl(torch.autograd.Function):
@@ -292,13 +339,13 @@ class _LinearKl(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: _Problem, grad_enabled: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: _Tokens, grad_enabled: bool
     ) -> Tensor:
         of_hidden, of_weight, of_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         wanted = (of_hidden, of_weight, of_bias)
-        kl, ctx.gradients = _chunked(hidden, weight, bias, problem, problem.row_weight, wanted)
+        kl, ctx.gradients = _chunked(hidden, weight, bias, tokens, tokens.row_weight, wanted)
         ctx.set_materialize_grads(False)
-        ctx.problem, ctx.wanted = problem, wanted
+        ctx.tokens, ctx.wanted = tokens, wanted
         ctx.save_for_backward(hidden, weight, bias, kl.detach())
         return kl
 
@@ -309,14 +356,15 @@ class _LinearKl(torch.autograd.Function):
         hidden, weight, bias, kl = ctx.saved_tensors
         # Handed out once, so that the optimiser's gradient is not a second copy of the weight's size.
         gradients, ctx.gradients = ctx.gradients, None
-        common = grad_kl.amax() if len(grad_kl) else ctx.problem.row_weight
-        alike = torch.equal(grad_kl, torch.where(ctx.problem.settled(kl), 0, common))
+        # Rows that weigh alike have the same gradient but for the settled ones, of which it is 0.
+        common = grad_kl.amax() if len(grad_kl) else grad_kl.new_tensor(ctx.tokens.row_weight)
+        alike = torch.equal(grad_kl, torch.where(ctx.tokens.settled(kl), 0, common))
         if gradients is None or not alike:
-            _, gradients = _chunked(hidden, weight, bias, ctx.problem, grad_kl, ctx.wanted)
-        elif common != ctx.problem.row_weight:
+            _, gradients = _chunked(hidden, weight, bias, ctx.tokens, grad_kl, ctx.wanted)
+        elif common != ctx.tokens.row_weight:
             for gradient in gradients:
                 if gradient is not None:
-                    gradient.mul_(common / ctx.problem.row_weight)
+                    gradient.mul_(common / ctx.tokens.row_weight)
         found = [None if gradient is None else gradient.to(hidden.dtype) for gradient in gradients]
         if torch.is_grad_enabled():
             inputs = hidden, weight, bias

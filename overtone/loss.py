@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from overtone.checks import (
     Reduction,
@@ -14,22 +13,24 @@ from overtone.checks import (
     check_reduction,
     check_tensors,
     flatten_tokens,
-    reduce_tokens,
-    working_dtype,
 )
 from overtone.config import OverToneConfig
-from overtone.hold import Hold, is_settled, refuse_hold_when_distributed, release_when_held
-from overtone.native import native_for
-from overtone.once import refuse_second_derivative
-from overtone.rows import row_gradient, row_kl
-from overtone.settings import TargetSettings
+from overtone.derivatives import raise_for_second_derivative, refuse_forward_mode
+from overtone.functional import reference_loss
+from overtone.hold import (
+    HoldValue,
+    accepts_old_names,
+    read_hold,
+    refuse_hold_in_graph,
+    refuse_hold_when_distributed,
+    release_when_held,
+)
+from overtone.kernels import Clip, Kernel, Target, choose
 
 __all__ = ["OverToneLoss", "overtone_loss"]
 
-GRADIENT_UP_TO = 2**22
-"""Logits of a call up to which the gradient is worked out with the loss, though the backward pass may want another."""
 
-
+@accepts_old_names
 def overtone_loss(
     logits: Tensor,
     labels: Tensor,
@@ -41,8 +42,7 @@ def overtone_loss(
     reference_logits: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
-    hold_settled: Hold = False,
-    hold_correct: bool = False,
+    hold: HoldValue = None,
 ) -> Tensor:
     """The OverTone loss: ``max(KL(target || softmax(logits)), epsilon)`` a token (Eq. 2, Eq. 3, Algorithm 1).
 
@@ -51,7 +51,9 @@ def overtone_loss(
 
     Args:
         logits: ``(..., V)``, float64, float32, bfloat16 or float16; never written to. Entries at ``-inf`` have
-            probability 0 and take no part. NaN logits give a NaN loss.
+            probability 0 and take no part; nor, in the filter, do those that are finite but banned all the same: more
+            than 87.33 below the maximum, where the probability relative to it underflows in float32 (see
+            `overtone.functional.finite_std`). NaN logits give a NaN loss.
         labels: ``(...)``, integer token ids in ``[0, V)``, or ignore_index.
         epsilon: in nats. A token whose KL is below it is settled: its loss is the constant epsilon, its gradient
             exactly zero. 0 clips nothing (the paper's ablation "w/o clip").
@@ -59,55 +61,65 @@ def overtone_loss(
         lam: share of the true token in the target, in ``[0, 1]``; with 1 and ``epsilon=0`` this is cross-entropy.
         check: False always uses the mixture, on top or not ("w/o chk").
         reference_logits: ``(..., V)``, the unedited model's logits; given, the filtered distribution comes from them
-            instead of from logits ("w/o dyn").
+            instead of from logits ("w/o dyn"). Computed by the definition, so many times slower.
         ignore_index: label of positions that do not count: loss 0, gradient 0.
         reduction: "mean" over the counted tokens (0 if there is none), "sum", or "none" for one loss a token.
-        hold_settled: beyond the paper. True: when every counted token is settled, the call gives no gradient at all,
-            so that an optimiser skips its step (with ``epsilon=0`` nothing ever settles). A number: the same when the
-            mean KL is at or below it; ``math.inf`` leaves it to hold_correct. A call without counted tokens is held by
-            either. `torch.amp.GradScaler` raises in a step without gradients, so use it with float32 or bfloat16, not
-            with float16 autocast.
-        hold_correct: beyond the paper. True: a token is settled, and a call held, only where the label is strictly the
-            model's first choice. Otherwise a token can be let go while another one is still a little more probable, and
-            a mean hides single tokens.
+        hold: beyond the paper, when a step needs nothing more: the call then gives no gradient at all, so that an
+            optimiser skips its step. "settled": when every counted token is settled (with ``epsilon=0`` none ever is).
+            "correct": when every label is strictly the model's first choice; a token is then not settled otherwise
+            either, where another one could still be a little more probable. A number of nats: when the mean KL is at or
+            below it; a mean hides single tokens. A tuple of these, such as ``("correct", 0.2)``: when all are true. A
+            call without counted tokens is held by any. `torch.amp.GradScaler` raises in a step without gradients, so
+            use it with float32 or bfloat16, not with float16 autocast.
 
     Returns:
         A scalar, or ``(...)`` for reduction "none"; float64 for float64 logits, else float32.
 
     Raises:
         ValueError: for shapes that do not match, integer logits, labels out of range (on a CUDA device torch's own
-            device-side assertion reports them), hyper-parameters out of range, or a hold under torch.distributed.
+            device-side assertion reports them), hyper-parameters out of range, a hold on several
+            ranks of torch.distributed, or one inside of torch.compile(fullgraph=True).
         TypeError: for an argument of the wrong type.
         NotImplementedError: under forward-mode differentiation; the loss has first derivatives in reverse mode.
     """
-    check_hyperparameters(epsilon, n_sigma, lam, check, hold_settled, hold_correct)
+    if reference_logits is not None:
+        return reference_loss(
+            logits,
+            labels,
+            epsilon=epsilon,
+            n_sigma=n_sigma,
+            lam=lam,
+            check=check,
+            reference_logits=reference_logits,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            hold=hold,
+        )
+    holding = read_hold(hold)
+    check_hyperparameters(epsilon, n_sigma, lam, check)
     check_reduction(reduction, ignore_index)
-    check_tensors(logits, labels, reference_logits)
-    refuse_hold_when_distributed(hold_settled)
-    _refuse_forward_mode(logits)
-    token_logits, token_labels, reference = flatten_tokens(logits, labels, reference_logits)
-    settings = TargetSettings(None if n_sigma is None else float(n_sigma), float(lam), check)
-    can_be_held = hold_settled is not False
-    outputs = _OverTone.apply(  # type: ignore[no-untyped-call]
+    check_tensors(logits, labels)
+    refuse_hold_when_distributed(holding)
+    refuse_hold_in_graph(holding)
+    refuse_forward_mode(logits)
+    token_logits, token_labels = flatten_tokens(logits, labels)
+    kernel = choose(token_logits)
+    correct_only = holding.correct
+    loss: Tensor
+    loss, kl, coefficients, _ = _OverTone.apply(  # type: ignore[no-untyped-call]
         token_logits,
         token_labels,
-        reference,
-        settings,
-        float(epsilon),
-        hold_correct,
-        ignore_index,
+        _room_for_gradient(token_logits, reduction, kernel),
+        kernel,
+        Target(None if n_sigma is None else float(n_sigma), float(lam), check),
+        Clip(float(epsilon), correct_only),
         reduction,
-        torch.is_grad_enabled() and token_logits.requires_grad,
-        can_be_held,
+        ignore_index,
     )
-    loss: Tensor
-    if not can_be_held:
-        loss = outputs
-    else:
-        loss, kl, correct = outputs
+    if holding:
         counted = token_labels != ignore_index
-        waits_for = correct[counted] if hold_correct else None
-        loss = release_when_held(loss, kl[counted], epsilon, hold_settled, waits_for)
+        correct = coefficients[4, counted] != 0 if correct_only else None
+        loss = release_when_held(loss, kl[counted], epsilon, holding, correct)
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
 
@@ -170,139 +182,125 @@ class OverToneLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
 
-def _refuse_forward_mode(logits: Tensor) -> None:
-    """Torch would refuse it too, but not say what to do instead."""
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(logits).tangent is not None:
-        raise NotImplementedError(
-            "overtone_loss has no forward-mode derivative: use backward(), or overtone.functional.reference_loss"
-        )
+def _room_for_gradient(logits: Tensor, reduction: Reduction, kernel: Kernel) -> Tensor | None:
+    """A tensor to write the gradient to while the loss is worked out, where that pays: each token weighs alike."""
+    if reduction == "none" or not torch.is_grad_enabled() or not logits.requires_grad:
+        return None
+    return logits.new_empty(logits.shape) if logits.numel() <= kernel.gradient_with_fit_up_to else None
 
 
 class _OverTone(torch.autograd.Function):
-    """The loss of tokens ``(N, V)``; if the call can be held, their KL and first choices ``(N,)`` too, as constants."""
+    """`Kernel.fit` of tokens ``(N, V)``, of which the loss alone is differentiable."""
 
     @staticmethod
     def forward(
-        ctx: Any,
         logits: Tensor,
         labels: Tensor,
-        reference_logits: Tensor | None,
-        settings: TargetSettings,
-        epsilon: float,
-        hold_correct: bool,
-        ignore_index: int,
+        gradient: Tensor | None,
+        kernel: Kernel,
+        target: Target,
+        clip: Clip,
         reduction: Reduction,
-        is_trained: bool,
-        can_be_held: bool,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        ignore_index: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        fit = kernel.fit(
+            logits, labels, target, clip, reduction=reduction, ignore_index=ignore_index, gradient=gradient
+        )
+        return fit.loss, fit.kl, fit.coefficients, fit.row_weights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, labels, ctx.gradient, ctx.kernel, *_ = inputs
+        _, kl, coefficients, row_weights = output
+        ctx.save_for_backward(logits, labels, coefficients, row_weights)
+        ctx.mark_non_differentiable(kl, coefficients, row_weights)
         ctx.set_materialize_grads(False)
-        ctx.settings, ctx.gradient = settings, None
-        loss: Tensor
-        # While a graph is traced, it has the loss as nodes of its own.
-        is_one_call = reference_logits is None and reduction != "none" and not torch.compiler.is_compiling()
-        native = native_for(logits) if is_one_call else None
-        if native is not None:
-            if is_trained and logits.numel() <= GRADIENT_UP_TO:
-                ctx.gradient = logits.new_empty(logits.shape)
-            fit = native.fit(
-                logits,
-                labels,
-                settings,
-                ignore_index,
-                epsilon=epsilon,
-                hold_correct=hold_correct,
-                row_weight=None if reduction == "mean" else 1.0,
-                gradient=ctx.gradient,
-            )
-            loss, kl, coefficients, row_weight = fit
-        else:
-            token_kl = _token_kl_operator if torch.compiler.is_compiling() else _token_kl
-            kl, coefficients = token_kl(logits, labels, reference_logits, *settings, ignore_index)
-            counted = labels != ignore_index
-            settled = counted & is_settled(kl, epsilon, coefficients[4] != 0 if hold_correct else None)
-            row_weight = (counted ^ settled).to(kl.dtype)
-            loss = reduce_tokens(kl.masked_fill(settled, epsilon), counted, reduction)
-            if reduction == "mean":
-                row_weight /= counted.sum().clamp(min=1)
-        ctx.save_for_backward(logits, labels, reference_logits, coefficients, row_weight)
-        if not can_be_held:
-            return loss
-        correct = coefficients[4] != 0
-        ctx.mark_non_differentiable(kl, correct)
-        return loss, kl, correct
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 10
+            return (None,) * 8
         # Handed out once: whoever gets it may keep it, or write to it.
         gradient, ctx.gradient = ctx.gradient, None
+        if gradient is not None and torch.is_grad_enabled():
+            gradient = None  # its derivative is asked for, and refused by _Gradient
         if gradient is not None and (scale := grad_loss.item()) != 1:
             # In half precision what a loss scale could have saved is lost by now; and 0 times NaN would be NaN.
             gradient = gradient.mul_(scale) if scale != 0 and gradient.dtype == grad_loss.dtype else None
         if gradient is None:
-            logits, labels, reference_logits, coefficients, row_weight = ctx.saved_tensors
-            arguments = grad_loss * row_weight, logits, labels, reference_logits, coefficients, *ctx.settings
-            if torch.compiler.is_compiling():
-                return _token_kl_backward_operator(*arguments), *[None] * 9
-            gradient = _token_kl_backward(*arguments)
-        if torch.is_grad_enabled():
-            gradient = refuse_second_derivative(gradient, ctx.saved_tensors[0])
-        return gradient, *[None] * 9
+            logits, labels, coefficients, row_weights = ctx.saved_tensors
+            gradient = _Gradient.apply(  # type: ignore[no-untyped-call]
+                grad_loss * row_weights, logits, labels, coefficients, ctx.kernel
+            )
+        return gradient, *[None] * 7
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        logits: Tensor,
+        labels: Tensor,
+        gradient: Tensor | None,
+        kernel: Kernel,
+        target: Target,
+        clip: Clip,
+        reduction: Reduction,
+        ignore_index: int,
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """A batch of calls ``(B, N, V)`` is one call of as many rows, reduced apart."""
+        size = info.batch_size
+        logits, labels = (
+            _batch_first(tensor, dim, size) for tensor, dim in zip((logits, labels), in_dims[:2], strict=True)
+        )
+        token_loss, kl, coefficients, row_weights = _OverTone.apply(  # type: ignore[no-untyped-call]
+            logits.flatten(0, 1), labels.flatten(), None, kernel, target, clip, "none", ignore_index
+        )
+        token_loss, kl, row_weights = (values.view(labels.shape) for values in (token_loss, kl, row_weights))
+        loss = token_loss if reduction == "none" else token_loss.sum(dim=1)
+        if reduction == "mean":
+            count = (labels != ignore_index).sum(dim=1).clamp(min=1)
+            loss, row_weights = loss / count, row_weights / count.unsqueeze(1)
+        return (loss, kl, coefficients.view(5, *labels.shape), row_weights), (0, 0, 1, 0)
 
 
-def _token_kl(
-    logits: Tensor,
-    labels: Tensor,
-    reference_logits: Tensor | None,
-    n_sigma: float | None,
-    lam: float,
-    check: bool,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    return row_kl(logits, labels, reference_logits, TargetSettings(n_sigma, lam, check), ignore_index)
+class _Gradient(torch.autograd.Function):
+    """`Kernel.gradient` as a function whose own derivative is refused."""
+
+    @staticmethod
+    def forward(grad_kl: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor, kernel: Kernel) -> Tensor:
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        kernel.gradient(grad_kl, logits, labels, coefficients, out=gradient)
+        return gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> None:
+        raise_for_second_derivative()
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        grad_kl: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        coefficients: Tensor,
+        kernel: Kernel,
+    ) -> tuple[Tensor, int]:
+        """As that of _OverTone."""
+        grad_kl, logits, labels, coefficients = (
+            _batch_first(tensor, dim, info.batch_size)
+            for tensor, dim in zip((grad_kl, logits, labels, coefficients), in_dims, strict=False)
+        )
+        gradient: Tensor = _Gradient.apply(  # type: ignore[no-untyped-call]
+            grad_kl.flatten(), logits.flatten(0, 1), labels.flatten(), coefficients.transpose(0, 1).flatten(1), kernel
+        )
+        return gradient.view(logits.shape), 0
 
 
-def _token_kl_backward(
-    grad_kl: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    reference_logits: Tensor | None,
-    coefficients: Tensor,
-    n_sigma: float | None,
-    lam: float,
-    check: bool,
-) -> Tensor:
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    settings = TargetSettings(n_sigma, lam, check)
-    row_gradient(grad_kl, logits, labels, reference_logits, coefficients, settings, out=gradient)
-    return gradient
-
-
-# Operators of torch's own, so that a user's compiled training step has them as whole nodes of its one graph. Outside of
-# one they would cost time: their dispatch takes longer than that of a function.
-_token_kl_operator = torch.library.custom_op(
-    "overtone::token_kl",
-    _token_kl,
-    mutates_args=(),
-    schema="(Tensor logits, Tensor labels, Tensor? reference_logits, float? n_sigma, float lam, bool check, "
-    "int ignore_index) -> (Tensor, Tensor)",
-)
-_token_kl_backward_operator = torch.library.custom_op(
-    "overtone::token_kl_backward",
-    _token_kl_backward,
-    mutates_args=(),
-    schema="(Tensor grad_kl, Tensor logits, Tensor labels, Tensor? reference_logits, Tensor coefficients, "
-    "float? n_sigma, float lam, bool check) -> Tensor",
-)
-
-
-@_token_kl_operator.register_fake
-def _(logits, labels, reference_logits, n_sigma, lam, check, ignore_index):  # type: ignore[no-untyped-def]
-    rows, dtype = logits.shape[0], working_dtype(logits)
-    return logits.new_empty(rows, dtype=dtype), logits.new_empty(5, rows, dtype=dtype)
-
-
-@_token_kl_backward_operator.register_fake
-def _(grad_kl, logits, labels, reference_logits, coefficients, n_sigma, lam, check):  # type: ignore[no-untyped-def]
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """With the dimension that torch.vmap goes over in front."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

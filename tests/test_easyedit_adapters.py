@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import sys
 import threading
@@ -14,15 +16,16 @@ import pytest
 import tiny_models
 import torch
 import yaml
-from gradients import value_and_gradient
 
 import overtone.easyedit
-from overtone import OverToneConfig, overtone_loss
+from overtone import OverToneConfig
 from overtone.easyedit import SeamError
-from overtone.easyedit.hparams import choose
+from overtone.easyedit.held_steps import held_steps
 from overtone.easyedit.model_loss import innermost, model_loss, takes_loss_function
 from overtone.easyedit.patching import Patches
 from overtone.functional import reference_loss
+from overtone.token_loss import EditLoss
+from overtone.token_loss.cross_entropy import cross_entropy
 
 REQUEST = ([5, 6, 7], [8, 9])
 METHODS = ("FT", "LoRA", "MELO", "WISE")
@@ -96,8 +99,14 @@ class TestFlag:
             logits = model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
         config = OverToneConfig.preset({"FT": "ft-m"}.get(method, method.lower()))
         expected = reference_loss(logits, torch.tensor(target), **config.as_kwargs())
-        run = edit(method, "overtone", model)
+        run = edit(method, "overtone:context_templates=false" if method == "WISE" else "overtone", model)
         assert run.losses[0] == pytest.approx(expected.item(), rel=1e-5)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_string_says_what_a_mapping_says(self, easyeditor, method):
+        overtone.easyedit.install()
+        mapping = edit(method, {"name": "overtone", "lam": 0.5, "hold": ["correct", 0.2]})
+        assert edit(method, "overtone:lam=0.5+hold=correct,0.2").losses == mapping.losses
 
     @pytest.mark.parametrize("method", METHODS)
     def test_a_callable(self, easyeditor, method):
@@ -123,9 +132,11 @@ class TestFlag:
         run = edit("WISE", "overtone").result
         assert run.config.act_ratio == pytest.approx(0.3)
         assert run.edited_with is run.config
-        assert run.rows == 1
-        kept = edit("WISE", {"name": "overtone", "activation_scale": 1, "context_templates": True}).result
-        assert (kept.config.act_ratio, kept.rows) == (0.5, 2)
+        assert run.rows == 2
+        as_in_the_paper = edit("WISE", "overtone:context_templates=false").result
+        assert (as_in_the_paper.config.act_ratio, as_in_the_paper.rows) == (pytest.approx(0.3), 1)
+        unscaled = edit("WISE", {"name": "overtone", "activation_scale": 1}).result
+        assert (unscaled.config.act_ratio, unscaled.rows) == (0.5, 2)
         stock = edit("WISE").result
         assert (stock.config.act_ratio, stock.rows) == (0.5, 2)
 
@@ -151,10 +162,10 @@ class TestHold:
 
     def test_ft_ends(self, easyeditor):
         overtone.easyedit.install()
-        held = edit("FT", {**self.LOSS, "hold_settled": True}, num_steps=300)
+        held = edit("FT", {**self.LOSS, "hold": "settled"}, num_steps=300)
         assert len(held.losses) < 300
         assert held.losses[-1] == 0
-        literal = edit("FT", {**self.LOSS, "hold_settled": False}, num_steps=len(held.losses) + 5)
+        literal = edit("FT", {**self.LOSS, "hold": False}, num_steps=len(held.losses) + 5)
         assert len(literal.losses) == len(held.losses) + 5
         assert min(literal.losses) >= 0.5
 
@@ -172,7 +183,7 @@ class TestHold:
 
     def test_wise_ends(self, easyeditor):
         overtone.easyedit.install()
-        held = edit("WISE", {**self.LOSS, "hold_settled": True}, n_iter=500, edit_lr=0.5)
+        held = edit("WISE", {**self.LOSS, "hold": "settled"}, n_iter=500, edit_lr=0.5)
         assert len(held.losses) < 500
         assert held.losses[-2:] == [0, 0]
 
@@ -180,23 +191,85 @@ class TestHold:
     def test_adam_stands_still(self, easyeditor, method):
         overtone.easyedit.install()
         steps = {"LoRA": "num_steps", "MELO": "num_iter"}[method]
-        short, long = (edit(method, {**self.LOSS, "hold_settled": True}, **{steps: count}) for count in (150, 170))
+        short, long = (edit(method, {**self.LOSS, "hold": "settled"}, **{steps: count}) for count in (10, 15))
         assert short.losses[-1] == 0
         assert same(short.model, long.model)
-        drifting = [edit(method, {**self.LOSS, "hold_settled": False}, **{steps: count}) for count in (150, 170)]
+        drifting = [edit(method, {**self.LOSS, "hold": False}, **{steps: count}) for count in (10, 15)]
         assert not same(drifting[0].model, drifting[1].model)
 
     def test_a_mean(self, easyeditor):
         overtone.easyedit.install()
-        by_mean = edit("FT", {**self.LOSS, "hold_settled": 2.0}, num_steps=300)
-        settled = edit("FT", {**self.LOSS, "hold_settled": True}, num_steps=300)
+        by_mean = edit("FT", {**self.LOSS, "hold": 2.0}, num_steps=300)
+        settled = edit("FT", {**self.LOSS, "hold": "settled"}, num_steps=300)
         assert len(by_mean.losses) < len(settled.losses)
 
     def test_early_stopped_cross_entropy(self, easyeditor):
         overtone.easyedit.install()
-        run = edit("LoRA", {"name": "cross_entropy", "hold_settled": 0.3}, num_steps=150)
+        run = edit("LoRA", {"name": "cross_entropy", "hold": 0.3}, num_steps=30)
         assert run.losses[-1] == 0
         assert min(loss for loss in run.losses if loss > 0) > 0.3
+
+
+class Regularised(torch.nn.Module):
+    """A wrapper that adds a term to the model's loss, as AdaLoRA does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.wrapped, self.config = model, model.config
+
+    def get_base_model(self):
+        return self.wrapped
+
+    def forward(self, **inputs):
+        outputs = self.wrapped(**inputs)
+        outputs.loss += sum(parameter.square().sum() for parameter in self.parameters())
+        return outputs
+
+
+class TestHeldSteps:
+    """Where the tokens need nothing more, what others add to their loss moves no weight either."""
+
+    LOSS: ClassVar = {"name": "overtone", "epsilon": 100}
+
+    @pytest.mark.parametrize("method", ["LoRA", "MELO"])
+    def test_move_nothing(self, easyeditor, method):
+        overtone.easyedit.install()
+        run = edit(method, self.LOSS, Regularised(tiny_models.build()))
+        assert min(run.losses) > 1
+        assert same(run.model.wrapped, tiny_models.build())
+
+    def test_other_steps_move_by_both_terms(self, easyeditor):
+        overtone.easyedit.install()
+        loss = {**self.LOSS, "hold": False}
+        alone, beside = edit("LoRA", loss), edit("LoRA", loss, Regularised(tiny_models.build()))
+        assert not same(beside.model.wrapped, alone.model)
+
+    def test_of_another_thread_are_steps(self, easyeditor):
+        """The optimiser that steps may be anybody's; only this thread's are ours to skip."""
+        with held_steps() as since_last_step:
+            since_last_step.append(True)
+            weight = torch.nn.Parameter(torch.ones(1))
+            weight.grad = torch.ones(1)
+            thread = threading.Thread(target=torch.optim.SGD([weight], lr=1.0).step)
+            thread.start()
+            thread.join()
+        assert weight.item() == 0
+
+    def test_a_step_over_several_losses_is_taken_unless_all_are_held(self):
+        weight = torch.nn.Parameter(torch.ones(1))
+        optimiser = torch.optim.SGD([weight], lr=1.0)
+        with held_steps() as since_last_step:
+            since_last_step.extend([True, False])
+            weight.grad = torch.ones(1)
+            optimiser.step()
+            assert weight.item() == 0
+            since_last_step.append(True)
+            weight.grad = torch.ones(1)
+            optimiser.step()
+            assert weight.item() == 0
+        weight.grad = torch.ones(1)
+        optimiser.step()
+        assert weight.item() == -1
 
 
 class TestRestore:
@@ -244,6 +317,34 @@ class TestRestore:
         assert not {"forward", "_loss_function"} & set(vars(model))
         assert same(before.model, edit(method).model)
 
+    @pytest.mark.parametrize("use_cache", [True, False])
+    def test_what_lora_switches_off_comes_back_with_unload(self, easyeditor, monkeypatch, use_cache):
+        """As in EasyEdit the trainer wraps the model, freezes it and switches its cache off; the stand-in does not."""
+        from peft import LoraConfig, get_peft_model
+
+        lora = module("models.lora.lora_main")
+        plain = lora.execute_lora
+
+        @functools.wraps(plain)
+        def execute_lora(model, tok, requests, hparams):
+            model.config.use_cache = False
+            return plain(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), tok, requests, hparams)
+
+        monkeypatch.setattr(lora, "execute_lora", execute_lora)
+        overtone.easyedit.install(["LoRA"])
+        for token_loss, comes_back in (("overtone", True), (None, False)):
+            model = tiny_models.build()
+            frozen = model.get_input_embeddings().weight.requires_grad_(False)
+            model.config.use_cache = use_cache
+            edited = lora.apply_lora_to_model(model, None, [REQUEST], hparams_of("LoRA", token_loss))
+            assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
+            assert copy.deepcopy(edited).unload() is not model
+            assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
+            assert edited.unload() is model
+            assert model.model.layers[0].mlp.up_proj.weight.requires_grad is comes_back
+            assert not frozen.requires_grad
+            assert model.config.use_cache is (use_cache and comes_back)
+
     def test_a_missing_seam(self, easyeditor, monkeypatch):
         module("util.alg_dict")
         monkeypatch.delattr(module("models.ft.ft_main"), "CrossEntropyLoss")
@@ -262,14 +363,24 @@ class TestRestore:
         assert self._same(before, self._state())
 
     def test_unknown_methods(self, easyeditor):
-        with pytest.raises(ValueError, match="ROME"):
-            overtone.easyedit.install(["ROME"])
+        with pytest.raises(ValueError, match="KN"):
+            overtone.easyedit.install(["KN"])
         with pytest.raises(TypeError, match="list of names"):
             overtone.easyedit.install("FT")
 
     def test_without_easyedit(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "easyeditor", None)
         with pytest.raises(ImportError, match="PYTHONPATH"):
+            overtone.easyedit.install()
+
+    def test_the_old_package_of_the_index(self, easyeditor, monkeypatch):
+        """It has a version, as clones have not, and no MELO."""
+        versions = {"easyeditor": "0.0.1.dev0"}
+        monkeypatch.setattr("overtone.easyedit.installation.version", versions.__getitem__)
+        overtone.easyedit.install()
+        overtone.easyedit.uninstall()
+        monkeypatch.setattr("overtone.easyedit.installation.find_spec", lambda name: None)
+        with pytest.raises(ImportError, match=r"0\.0\.1\.dev0.*no MELO.*pip uninstall easyeditor"):
             overtone.easyedit.install()
 
 
@@ -299,6 +410,13 @@ class TestRefusals:
             tables.ALG_DICT["ROME"]("model", None, [], hparams)
         with pytest.raises(ValueError, match=r"not used by LoRA .ALG_MULTIMODAL_DICT"):
             tables.ALG_MULTIMODAL_DICT["LoRA"]("model", None, [], hparams=hparams)
+
+    def test_methods_that_were_left_out(self, easyeditor):
+        overtone.easyedit.install(["FT"])
+        with pytest.raises(ValueError, match=r"not used by LoRA: .* one of FT$"):
+            edit("LoRA", "overtone")
+        overtone.easyedit.install(["LoRA"])
+        assert edit("LoRA", lambda logits, labels: logits.sum(dim=1) * 0 + 7).losses == [7, 7, 7]
 
     def test_multimodal_wise(self, easyeditor):
         overtone.easyedit.install()
@@ -330,7 +448,7 @@ class TestLoaders:
         loader = module("models.lora").LoRAHyperParams.from_hparams
         file = self._file(tmp_path, token_loss={"name": "overtone", "epsilon": "1e-1"})
         for path in (file, file.with_suffix("")):
-            assert loader(str(path)).token_loss == {"name": "overtone", "epsilon": 0.1}
+            assert loader(str(path)).token_loss == {"name": "overtone", "epsilon": "1e-1"}
         assert not hasattr(loader(str(self._file(tmp_path))), "token_loss")
 
     def test_is_checked_at_once(self, easyeditor, tmp_path):
@@ -372,32 +490,6 @@ class TestThreads:
         assert losses == {1.0: [1, 1, 1], 2.0: [2, 2, 2]}
 
 
-class TestEditLoss:
-    """One evaluation gives the values, and what a hold is decided on."""
-
-    @pytest.mark.parametrize("hold_correct", [False, True])
-    def test_is_overtone_loss(self, hold_correct):
-        generator = torch.Generator().manual_seed(0)
-        logits = torch.randn(40, 30, generator=generator)
-        labels = torch.randint(30, (40,), generator=generator)
-        logits[torch.arange(40), labels] += torch.linspace(0, 8, 40)
-        settings = {"epsilon": 2.0, "lam": 0.3, "hold_correct": hold_correct}
-        edit_loss = choose({"name": "overtone", "n_sigma": 0.5, **settings}, "ft-m").loss
-        value, gradient = value_and_gradient(lambda s, y: edit_loss(s, y, may_hold=False)[0], logits, labels)
-        exact, exact_gradient = value_and_gradient(
-            overtone_loss, logits, labels, reduction="none", n_sigma=0.5, **settings
-        )
-        assert (exact == 2.0).any()
-        torch.testing.assert_close(value, exact, rtol=0, atol=0)
-        torch.testing.assert_close(gradient, exact_gradient, rtol=0, atol=0)
-
-    def test_waits_for_the_first_choice(self):
-        logits = torch.tensor([[2.0, 2.1, -9.0, -9.0]])
-        hold = {"name": "overtone", "epsilon": 2.0, "hold_settled": True}
-        assert choose(hold, "ft-m").loss(logits.requires_grad_(), torch.tensor([0]))[1]
-        assert not choose({**hold, "hold_correct": True}, "ft-m").loss(logits, torch.tensor([0]))[1]
-
-
 class TestModelLoss:
     """The two ways to a model's own loss."""
 
@@ -409,13 +501,9 @@ class TestModelLoss:
 
     @pytest.mark.parametrize("return_dict", [True, False])
     def test_both_give_the_same(self, monkeypatch, return_dict):
-        from overtone.easyedit.edit_loss import EditLoss
-
         model = tiny_models.build()
         ids = torch.tensor([[5, 6, 7, 8]])
-        loss = EditLoss(
-            "test", lambda logits, labels: torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        )
+        loss = EditLoss("test", cross_entropy)
         plain = model(input_ids=ids, labels=ids, return_dict=return_dict)[0]
         assert takes_loss_function(type(model))
         with model_loss(model, loss):

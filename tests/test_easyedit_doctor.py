@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from overtone.easyedit import doctor
-from overtone.easyedit.hparams import read_yaml
+from overtone.easyedit.loading import read_yaml
 from overtone.easyedit.traps import traps
 
 HPARAMS = Path(__file__).parent.parent / "examples" / "easyedit" / "hparams"
@@ -36,6 +36,17 @@ def fatal(config):
     return [str(trap) for trap in traps(config) if trap.fatal]
 
 
+def save_tokenizer(folder, bos, pad):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "<pad>": 1, "a": 2}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, pad_token=pad).save_pretrained(folder)
+
+
 class TestTraps:
     """A file that falls into a trap is told, and the shipped files fall into none that the framework does not set."""
 
@@ -50,9 +61,11 @@ class TestTraps:
         ("name", "changes", "message"),
         [
             ("lora", {"lora_dropout": 0.1}, "dropout is on while the edit is evaluated"),
+            ("lora", {"token_loss": None}, "stays frozen, its cache off"),
+            ("ft-m", {"token_loss": "dft"}, "FT-M takes no step below a mean loss of 1e-2"),
             ("lora", {"batch_size": 4}, "batch_size is 4"),
             ("lora", {"model_name": "./opt-1.3b"}, "no family name"),
-            ("lora", {"token_loss": {"name": "overtone", "hold_settled": False}}, "Adam goes on moving"),
+            ("lora", {"token_loss": {"name": "overtone", "hold": False}}, "Adam goes on moving"),
             ("lora", {"token_loss": None}, "token_loss is empty"),
             ("lora", {"token_loss": {"name": "overtone", "lam": 2}}, "lam"),
             ("lora", {"evaluation_type": "generate-text"}, "evaluation_type is no field"),
@@ -60,8 +73,8 @@ class TestTraps:
             ("lora", {}, "forgetting is not measured"),
             ("ft-m", {"objective_optimization": "prompt_last"}, "FT-L"),
             ("ft-m", {"model_name": "./t5-3b"}, "T5"),
-            ("ft-m", {"token_loss": {"name": "overtone", "hold_settled": False}}, "stops below a mean loss of 1e-2"),
-            ("wise", {"token_loss": {"name": "overtone", "hold_settled": False}}, "stops at a total loss of 0.02"),
+            ("ft-m", {"token_loss": {"name": "overtone", "hold": False}}, "stops below a mean loss of 1e-2"),
+            ("wise", {"token_loss": {"name": "overtone", "hold": False}}, "stops at a total loss of 0.02"),
             ("wise", {"sequential_edit": True}, "no field of WISE's hparams, so the file does not load"),
             ("wise", {}, "sequential runs drop earlier edits"),
             ("wise", {}, "label mask starts one position early"),
@@ -81,8 +94,17 @@ class TestTraps:
         assert any(message in line for line in found(config_of(name, **changes)))
 
     def test_a_loss_that_settles_no_token_sends_no_zero_gradients(self):
-        config = config_of("lora", token_loss={"name": "overtone_recommended", "hold_settled": False})
+        config = config_of("lora", token_loss={"name": "overtone_recommended", "hold": False})
         assert not any("Adam goes on moving" in line for line in found(config))
+
+    @pytest.mark.parametrize(("bos", "pad"), [("<s>", "<pad>"), ("<s>", "<s>"), (None, "<pad>")])
+    def test_a_tokenizer_that_begins_every_text(self, tmp_path, bos, pad):
+        save_tokenizer(tmp_path, bos, pad)
+        ft_l = found(config_of("ft-m", model_name=str(tmp_path), objective_optimization="prompt_last"))
+        assert any("FT-L trains it as the first target token" in line for line in ft_l) is (bos is not None)
+        assert not any("FT-L" in line for line in found(config_of("ft-m", model_name=str(tmp_path))))
+        melo = found(config_of("melo", model_name=str(tmp_path)))
+        assert any("MELO trains the last prompt token" in line for line in melo) is (bos == pad)
 
     def test_adalora_with_this_peft(self):
         from peft import AdaLoraConfig
@@ -100,8 +122,13 @@ class TestTraps:
         assert any("dropout" in line for line in found(config))
 
     def test_other_methods(self):
-        assert fatal({"alg_name": "ROME", "token_loss": "overtone"})
-        assert not fatal({"alg_name": "ROME"})
+        assert fatal({"alg_name": "KN", "token_loss": "overtone"})
+        assert not fatal({"alg_name": "KN"})
+
+    def test_methods_that_stop_at_a_total(self):
+        config = {"alg_name": "ROME", "model_name": "llama", "token_loss": "overtone:hold=none"}
+        assert any("ROME stops below a total of 0.05" in line for line in found(config))
+        assert not any("0.05" in line for line in found({**config, "token_loss": "overtone"}))
 
     def test_fields(self):
         @dataclass

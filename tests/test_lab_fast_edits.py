@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from overtone import OverToneConfig, OverToneLoss
-from overtone.lab.batching import encode_targets
 from overtone.lab.edit.batched_lora import BatchedLora
 from overtone.lab.edit.cached_ft import CachedDownProjection
+from overtone.lab.edit.fit import fit
 from overtone.lab.edit.many import fit_many, target_job, target_texts
-from overtone.lab.editors import fit, open_down_projection, open_lora
-from overtone.lab.experiment import fingerprint
+from overtone.lab.edit.weights import open_down_projection, open_lora
+from overtone.lab.model.fingerprint import fingerprint
 from overtone.lab.model.positions import Capture, entering_at, layer_inputs, logits_at
+from overtone.lab.model.targets import encode_targets
+from overtone.token_loss import parse
 
 ARCHITECTURES = ["llama", "gemma3", "gpt2"]
 METHODS = {"lora": (open_lora, BatchedLora), "ft-m": (open_down_projection, CachedDownProjection)}
@@ -26,10 +27,7 @@ EDITS = [
     (("ana runs", " zed ."), ("the spouse of dan is", " eve")),
     (("bo likes", " rain"),),
 ]
-LOSSES = {
-    "cross-entropy": F.cross_entropy,
-    "held": OverToneLoss(OverToneConfig(epsilon=1.5, hold_settled=True)),
-}
+LOSSES = {"cross-entropy": F.cross_entropy, "held": parse("overtone:epsilon=1.5+hold=settled").build("lora").mean}
 
 
 def weights_one_by_one(model, method, seed, batch, token_loss, **settings):
@@ -69,9 +67,9 @@ def test_a_snapshot_is_the_edit_that_stops_there(method):
     (fitted,) = fit_many(model, opened, [whole], steps=15, lr=0.05)
     assert fitted.snapshots.keys() == {3.0, 1.0}
     for threshold, snapshot in fitted.snapshots.items():
-        stopping = target_job(batch, F.cross_entropy, opened.start(0), stop_below=threshold)
+        stopping = target_job(batch, parse(f"cross_entropy:hold={threshold}").build("lora").mean, opened.start(0))
         (stopped,) = fit_many(model, opened, [stopping], steps=15, lr=0.05)
-        assert (stopped.steps, stopped.ended) == (snapshot.steps, "stopped")
+        assert (stopped.steps, stopped.ended) == (snapshot.steps, "held")
         assert torch.equal(stopped.weights, snapshot.weights)
 
 

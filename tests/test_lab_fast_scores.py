@@ -10,11 +10,12 @@ import torch
 
 from overtone.lab.edit.batched_lora import BatchedLora
 from overtone.lab.edit.cached_ft import CachedDownProjection
-from overtone.lab.editors import open_down_projection, open_lora
-from overtone.lab.metrics import complete, examine, score
+from overtone.lab.edit.weights import open_down_projection, open_lora
 from overtone.lab.score.answers import begins_with, normalised
 from overtone.lab.score.batched import examine_many, score_many
+from overtone.lab.score.completion import complete
 from overtone.lab.score.completions import spoken_answers
+from overtone.lab.score.scores import examine, score
 
 METHODS = {"lora": (open_lora, BatchedLora), "ft-m": (open_down_projection, CachedDownProjection)}
 

@@ -26,31 +26,19 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from overtone.easyedit.hparams import choose
 from overtone.lab.easyedit_hparams import SMALL
 from overtone.lab.pretrain import load_or_train
 from overtone.lab.world import Edit, build_world
 
 FILES = {"FT": "ft-m", "LoRA": "lora", "MELO": "melo", "WISE": "wise"}
 
-LOSSES: dict[str, Any] = {
-    "cross-entropy": None,
-    "cross-entropy held at 0.1": {"name": "cross_entropy", "hold_settled": 0.1},
-    "cross-entropy held at 0.3": {"name": "cross_entropy", "hold_settled": 0.3},
-    "overtone paper": {"name": "overtone", "hold_settled": False},
-    "overtone settled": {"name": "overtone", "hold_settled": True},
-    "overtone mean 0.05": {"name": "overtone", "hold_settled": 0.05},
-    "overtone mean 0.1": {"name": "overtone", "hold_settled": 0.1},
-    "overtone mean 0.2": {"name": "overtone", "hold_settled": 0.2},
-    "overtone": "overtone",
-    "cross-entropy without templates": {"name": "cross_entropy", "context_templates": False},
-    "overtone with templates": {"name": "overtone", "context_templates": True},
-}
-"""By name; "overtone" is the flag alone, with its default hold. The last two are for WISE."""
+DEFAULT_LOSSES = ("cross_entropy", "cross_entropy:hold=0.1", "overtone:hold=none", "overtone")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One method with one loss."""
+    """One method with one loss, as `token_loss` spells it."""
 
     method: str
     loss: str
@@ -64,7 +52,7 @@ class Job:
         """The name of its file of results."""
         regime = "row" if self.in_a_row else "single"
         changes = "".join(c if c.isalnum() else "-" for c in self.changes)
-        return f"{self.method}_{self.loss.replace(' ', '-')}_{regime}-{self.edits}_seed{self.seed}{changes}"
+        return f"{self.method}_{self.loss.replace(':', '-')}_{regime}-{self.edits}_seed{self.seed}{changes}"
 
 
 def request_of(edit: Edit, loc_prompt: str) -> Request:
@@ -113,9 +101,7 @@ def config_of(job: Job, model: str) -> Config:
         name, _, value = change.partition("=")
         section = config["grace"] if job.method == "MELO" and name in config["grace"] else config
         section[name] = json.loads(value)
-    config.pop("token_loss", None)
-    if LOSSES[job.loss] is not None:
-        config["token_loss"] = LOSSES[job.loss]
+    config["token_loss"] = job.loss
     return config
 
 
@@ -202,7 +188,7 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=40, help="single edits a method")
     parser.add_argument("--in-a-row", type=int, metavar="N", help="instead: N edits in a row, scored after the last")
     parser.add_argument("--methods", default="FT,LoRA,MELO,WISE")
-    parser.add_argument("--losses", default="cross-entropy,cross-entropy held at 0.1,overtone paper,overtone")
+    parser.add_argument("--losses", nargs="+", default=DEFAULT_LOSSES, help="by spaces, as token_loss spells them")
     parser.add_argument("--change", default="", help="hparams to change, as act_ratio=0.5;n_iter=30")
     parser.add_argument("--seed", type=int, default=0, help="which facts are edited")
     parser.add_argument("--out", type=Path, default=Path("easyedit-lab"))
@@ -210,14 +196,20 @@ def main() -> None:
     arguments = parser.parse_args()
     if "EASYEDIT_ROOT" not in os.environ:
         parser.error("set EASYEDIT_ROOT to a checkout of https://github.com/zjunlp/EasyEdit")
-    losses = [name.strip() for name in arguments.losses.split(",")]
-    if unknown := set(losses) - set(LOSSES) | set(methods := arguments.methods.split(",")) - set(FILES):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; losses: {', '.join(LOSSES)}; methods: {', '.join(FILES)}")
+    methods = arguments.methods.split(",")
+    if unknown := set(methods) - set(FILES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; methods: {', '.join(FILES)}")
+    try:
+        for method in methods:
+            for loss in arguments.losses:
+                choose(loss, FILES[method])
+    except ValueError as error:
+        parser.error(str(error))
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     row = bool(arguments.in_a_row)
     template = Job("", "", arguments.in_a_row or arguments.edits, row, arguments.seed, arguments.change)
-    jobs = [replace(template, method=method, loss=loss) for method in methods for loss in losses]
+    jobs = [replace(template, method=method, loss=loss) for method in methods for loss in arguments.losses]
     lab_model = load_or_train(build_world(0))
     lab_model.knowledge.require()
     with (

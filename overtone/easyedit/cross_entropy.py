@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from overtone.easyedit.edit_loss import EditLoss
+from overtone.token_loss import EditLoss
 
 
 class _Edit:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from overtone.easyedit.hparams import read_yaml
-from overtone.easyedit.installation import TRAINERS, import_easyeditor, installed
+from overtone.easyedit.installation import import_easyeditor, installed
+from overtone.easyedit.loading import read_yaml
+from overtone.easyedit.methods import BY_NAME, TRAINERS
 from overtone.easyedit.trainers import Trainer
 from overtone.easyedit.traps import Trap, traps
 
@@ -78,12 +80,12 @@ def examine(path: Path, *, with_easyedit: bool) -> list[Trap]:
 
 
 def _hparams_class(alg_name: str) -> type | None:
-    for trainer in TRAINERS:
-        if trainer.name == alg_name and trainer.seam_problem() is None:
-            package = __import__(trainer.load().__package__ or "", fromlist=[trainer.hparams_class])
-            found: type | None = getattr(package, trainer.hparams_class, None)
-            return found
-    return None
+    trainer = BY_NAME.get(alg_name)
+    if trainer is None or trainer.seam_problem() is not None:
+        return None
+    package = importlib.import_module(trainer.load().__package__ or "")
+    found: type | None = getattr(package, trainer.hparams_class, None)
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

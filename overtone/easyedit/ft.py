@@ -14,14 +14,13 @@ from torch import nn
 
 from overtone.easyedit.cross_entropy import CrossEntropyStandIn, running
 from overtone.easyedit.patching import Patches
-from overtone.easyedit.running import choice_of
 from overtone.easyedit.trainers import (
     Trainer,
-    argument,
+    arguments,
     does_not_use,
     lacks,
     lacks_arguments,
-    refuse_encoder_decoder,
+    loss_of,
     wrap,
 )
 
@@ -38,17 +37,16 @@ def _problem(module: ModuleType, execute: str) -> str | None:
 
 def _hook(module: ModuleType, patches: Patches, name: str, execute: str) -> None:
     def edit(original: Any, *args: Any, **kwargs: Any) -> Any:
-        hparams = argument(original, args, kwargs, "hparams")
-        choice = choice_of(hparams, name, "ft-m")
-        if choice is None or choice.loss is None:
+        hparams, model = arguments(original, args, kwargs, "hparams", "model")
+        loss = loss_of(hparams, model, name, "ft-m")
+        if loss is None:
             return original(*args, **kwargs)
-        refuse_encoder_decoder(argument(original, args, kwargs, "model"), hparams)
         if hparams.objective_optimization != "target_new":
             raise ValueError(
                 f"token_loss is not used with objective_optimization {hparams.objective_optimization!r} (FT-L): set "
                 "objective_optimization: target_new, which is FT-M, or leave token_loss out"
             )
-        with running(choice.loss):
+        with running(loss):
             return original(*args, **kwargs)
 
     patches.attribute(module, "CrossEntropyLoss", CrossEntropyStandIn)

@@ -6,19 +6,17 @@ import functools
 import importlib
 import threading
 from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from overtone.easyedit.ft import FT, FT_UNS
-from overtone.easyedit.hparams import KEY, choose, loader
-from overtone.easyedit.lora import LORA, LORA_UNS, QLORA
-from overtone.easyedit.melo import MELO
+from overtone.easyedit.hparams import KEY, choose, logger
+from overtone.easyedit.loading import loader
+from overtone.easyedit.methods import BY_NAME, TRAINERS
 from overtone.easyedit.patching import Patches
-from overtone.easyedit.running import logger
 from overtone.easyedit.trainers import MODELS, SeamError, Trainer
 from overtone.easyedit.traps import traps
-from overtone.easyedit.wise import WISE
-
-TRAINERS = (FT, LORA, MELO, WISE, QLORA, LORA_UNS, FT_UNS)
 
 _patches = Patches()
 _installed: list[Trainer] = []
@@ -31,8 +29,8 @@ def install(methods: Iterable[str] | None = None) -> None:
     Installing again, with the same methods or fewer, changes nothing.
 
     Args:
-        methods: names from FT, LoRA, MELO, WISE, QLoRA, LoRA_uns, FT_uns; None for all that this EasyEdit has, of which
-            the first four must be there.
+        methods: names as in hparams' alg_name, which `overtone doctor` lists; None for all that this EasyEdit has, of
+            which FT, LoRA, MELO and WISE must be there.
 
     Raises:
         ImportError: if easyeditor cannot be imported.
@@ -90,22 +88,39 @@ def _wanted(methods: Iterable[str] | None) -> list[Trainer]:
         return list(TRAINERS)
     if isinstance(methods, str):
         raise TypeError(f"methods must be a list of names, got the string {methods!r}")
-    by_name = {trainer.name: trainer for trainer in TRAINERS}
     for name in (methods := list(methods)):
-        if name not in by_name:
-            raise ValueError(f"methods must be among {', '.join(by_name)}, got {name!r}")
-    return [by_name[name] for name in methods]
+        if name not in BY_NAME:
+            raise ValueError(f"methods must be among {', '.join(BY_NAME)}, got {name!r}")
+    return [BY_NAME[name] for name in methods]
+
+
+HOW_TO_GET_IT = (
+    "clone https://github.com/zjunlp/EasyEdit, pip install -r its requirements.txt, and put the clone on PYTHONPATH"
+)
 
 
 def import_easyeditor() -> None:
     """Import the framework with all its trainers, or raise an ImportError that says how to get it."""
+    if _is_old_package():
+        raise ImportError(
+            f"this is the package easyeditor {version('easyeditor')}, which PyPI has from October 2023: it has no MELO "
+            f"and no WISE, and wants other versions of everything. pip uninstall easyeditor, then {HOW_TO_GET_IT}"
+        )
     try:
         importlib.import_module("easyeditor.util.alg_dict")
     except ImportError as error:
-        raise ImportError(
-            f"EasyEdit cannot be imported ({error}): clone https://github.com/zjunlp/EasyEdit, "
-            "pip install -r its requirements.txt, and put the clone on PYTHONPATH"
-        ) from error
+        raise ImportError(f"EasyEdit cannot be imported ({error}): {HOW_TO_GET_IT}") from error
+
+
+def _is_old_package() -> bool:
+    """Whether easyeditor comes from a package index; a clone has no version, and since 2024 it has MELO."""
+    spec = find_spec("easyeditor")
+    folders = (spec and spec.submodule_search_locations) or ()
+    try:
+        version("easyeditor")
+    except PackageNotFoundError:
+        return False
+    return not any(Path(folder, "models", "melo").exists() for folder in folders)
 
 
 def _trainer_of(cls: type) -> Trainer | None:
@@ -141,22 +156,20 @@ def _check_file(cls: type, config: dict[str, Any]) -> None:
 
 
 def _refuse_elsewhere(patches: Patches) -> None:
-    """Every editor without an adapter refuses hparams that ask for a token loss, instead of ignoring them."""
+    """Every editor that is not hooked refuses hparams that ask for a token loss, instead of ignoring them."""
     algorithms = importlib.import_module("easyeditor.util.alg_dict")
-    supported = {trainer.name for trainer in TRAINERS}
     for table_name in ("ALG_DICT", "ALG_MULTIMODAL_DICT", "PER_ALG_DICT"):
         table: dict[str, Callable[..., Any]] = getattr(algorithms, table_name, {})
         for name, apply in list(table.items()):
-            if table_name != "ALG_DICT":
-                patches.item(table, name, _refusing(apply, f"{name} ({table_name})"))
-            elif name not in supported:
-                patches.item(table, name, _refusing(apply, name))
+            is_other = table_name != "ALG_DICT"
+            patches.item(table, name, _refusing(apply, f"{name} ({table_name})" if is_other else name))
 
 
 def _refusing(apply: Callable[..., Any], name: str) -> Callable[..., Any]:
     @functools.wraps(apply)
     def refusing(*args: Any, **kwargs: Any) -> Any:
-        if any(getattr(value, KEY, None) is not None for value in (*args, *kwargs.values())):
+        asked = any(getattr(value, KEY, None) is not None for value in (*args, *kwargs.values()))
+        if asked and name not in installed():
             raise ValueError(_not_supported(name))
         return apply(*args, **kwargs)
 
@@ -164,5 +177,4 @@ def _refusing(apply: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def _not_supported(name: str) -> str:
-    names = ", ".join(trainer.name for trainer in TRAINERS)
-    return f"{KEY} is not used by {name}: leave it out, or edit with one of {names}"
+    return f"{KEY} is not used by {name}: leave it out, or edit with one of {', '.join(installed())}"

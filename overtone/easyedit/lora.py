@@ -2,6 +2,9 @@
 
 PEFT's own addition to it (AdaLoRA's orthogonality term) stays. None of these trainers stops by itself: a held step
 gives no gradient, so the remaining steps change nothing.
+
+They freeze every weight of the model that they edit and switch its cache off, for good; after an edit with our loss
+both come back with `unload`.
 """
 
 from __future__ import annotations
@@ -10,16 +13,17 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from overtone.easyedit.model_loss import model_loss
+from torch import nn
+
+from overtone.easyedit.model_loss import innermost, model_loss
 from overtone.easyedit.patching import Patches
-from overtone.easyedit.running import choice_of
 from overtone.easyedit.trainers import (
     Trainer,
-    argument,
+    arguments,
     does_not_use,
     lacks,
     lacks_arguments,
-    refuse_encoder_decoder,
+    loss_of,
     wrap,
 )
 
@@ -34,16 +38,40 @@ def _problem(module: ModuleType, execute: str) -> str | None:
 
 def _hook(module: ModuleType, patches: Patches, name: str, execute: str) -> None:
     def edit(original: Any, *args: Any, **kwargs: Any) -> Any:
-        hparams = argument(original, args, kwargs, "hparams")
-        choice = choice_of(hparams, name, "lora")
-        if choice is None or choice.loss is None:
+        hparams, model = arguments(original, args, kwargs, "hparams", "model")
+        loss = loss_of(hparams, model, name, "lora")
+        if loss is None:
             return original(*args, **kwargs)
-        model = argument(original, args, kwargs, "model")
-        refuse_encoder_decoder(model, hparams)
-        with model_loss(model, choice.loss):
-            return original(*args, **kwargs)
+        before = _State(model)
+        with model_loss(model, loss):
+            edited = original(*args, **kwargs)
+        if hasattr(edited, "unload") and not hasattr(model, "unload"):
+            edited.unload = partial(_unload, edited, before)
+        return edited
 
     wrap(patches, module, execute, edit)
+
+
+class _State:
+    """Which weights of a model want a gradient, and whether it caches, to be put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._use_cache = getattr(model.config, "use_cache", None)
+
+    def restore(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self._trained)
+        if self._use_cache is not None:
+            model.config.use_cache = self._use_cache  # type: ignore[union-attr]
+
+
+def _unload(edited: Any, before: _State) -> Any:
+    """PEFT's `unload`, and what the edit had switched off with it."""
+    del edited.unload
+    model = edited.unload()
+    before.restore(innermost(model))
+    return model
 
 
 def _trainer(name: str, module: str, hparams_class: str, execute: str, optional: bool) -> Trainer:

@@ -7,8 +7,7 @@ from typing import Any
 
 from overtone.easyedit.model_loss import model_loss
 from overtone.easyedit.patching import Patches
-from overtone.easyedit.running import choice_of
-from overtone.easyedit.trainers import Trainer, does_not_use, lacks, lacks_arguments, refuse_encoder_decoder, wrap
+from overtone.easyedit.trainers import Trainer, does_not_use, lacks, lacks_arguments, loss_of, wrap
 
 
 def _problem(module: ModuleType) -> str | None:
@@ -23,11 +22,10 @@ def _problem(module: ModuleType) -> str | None:
 
 def _hook(module: ModuleType, patches: Patches) -> None:
     def edit(original: Any, editor: Any, tokens: Any) -> Any:
-        choice = choice_of(editor.config, "MELO", "melo")
-        if choice is None or choice.loss is None:
+        loss = loss_of(editor.config, editor.model.get_base_model(), "MELO", "melo")
+        if loss is None:
             return original(editor, tokens)
-        refuse_encoder_decoder(editor.model.get_base_model(), editor.config)
-        with model_loss(editor.model, choice.loss):
+        with model_loss(editor.model, loss):
             return original(editor, tokens)
 
     wrap(patches, module.LORA, "edit", edit)

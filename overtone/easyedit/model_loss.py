@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from overtone.easyedit.cross_entropy import never_used
-from overtone.easyedit.edit_loss import EditLoss
+from overtone.easyedit.held_steps import held_steps
 from overtone.easyedit.patching import Patches
+from overtone.token_loss import EditLoss
 
 
 def innermost(model: nn.Module) -> nn.Module:
@@ -33,7 +34,8 @@ def takes_loss_function(model_class: type[nn.Module]) -> bool:
 def model_loss(model: nn.Module, loss: EditLoss) -> Iterator[None]:
     """Let the innermost model of this object compute this loss from its labels, inside the block.
 
-    A model without a settable `loss_function` gets its labels taken away and its loss added afterwards.
+    A model without a settable `loss_function` gets its labels taken away and its loss added afterwards. The loss of a
+    held step is a constant 0, and what others add to it moves no weight.
 
     Raises:
         RuntimeError: at the end, if the model was never asked for its loss.
@@ -58,20 +60,22 @@ def model_loss(model: nn.Module, loss: EditLoss) -> Iterator[None]:
         targets = shift_labels.reshape(-1).to(logits.device)
         counted = targets != ignore_index
         values, held = loss(logits.reshape(-1, logits.shape[-1])[counted], targets[counted])
+        since_last_step.append(held)
         # A leaf of zeros, cut off from the model: Adam, which moves on zero gradients, gets none.
         values = torch.zeros_like(values, requires_grad=True) if held else values
         total = values.sum()
         return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
     patches = Patches()
-    try:
-        if takes_loss_function(type(base)):
-            patches.attribute(base, "_loss_function", loss_function)
-        else:
-            patches.attribute(base, "forward", _forward_with(base.forward, loss_function))
-        yield
-    finally:
-        patches.undo()
+    with held_steps() as since_last_step:
+        try:
+            if takes_loss_function(type(base)):
+                patches.attribute(base, "_loss_function", loss_function)
+            else:
+                patches.attribute(base, "forward", _forward_with(base.forward, loss_function))
+            yield
+        finally:
+            patches.undo()
     if not calls:
         raise RuntimeError(never_used(loss))
 

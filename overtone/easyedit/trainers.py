@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from overtone.easyedit.hparams import choice_of
 from overtone.easyedit.patching import Patches
+from overtone.token_loss import EditLoss
 
 MODELS = "easyeditor.models"
 
@@ -96,9 +98,23 @@ def wrap(patches: Patches, owner: Any, name: str, around: Callable[..., Any]) ->
         patches.attribute(owner, name, wrapper)
 
 
-def argument(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """The value that a call of the function gives to one of its arguments."""
-    return inspect.signature(function).bind(*args, **kwargs).arguments[name]
+def arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
+    """The values that a call of the function gives to some of its arguments."""
+    bound = inspect.signature(function).bind(*args, **kwargs).arguments
+    return [bound[name] for name in names]
+
+
+def loss_of(hparams: Any, model: Any, trainer: str, method: str) -> EditLoss | None:
+    """The loss that the hparams of an edit ask for; None where the trainer is to run as it is.
+
+    Raises:
+        ValueError, TypeError: for a token loss that cannot be used, or an encoder-decoder model.
+    """
+    choice = choice_of(hparams, trainer, method)
+    if choice is None or choice.loss is None:
+        return None
+    refuse_encoder_decoder(model, hparams)
+    return choice.loss
 
 
 def refuse_encoder_decoder(model: Any, hparams: Any) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from overtone.easyedit.hparams import KEY, choose
+from overtone.easyedit.methods import BY_NAME
+from overtone.easyedit.vstar import VSTAR
+from overtone.token_loss.grammar import read
 
 Config = Mapping[str, Any]
 
 MODEL_FAMILIES = ("t5", "gpt", "llama", "baichuan", "chatglm", "internlm", "qwen", "mistral")
-PRESETS = {"FT": "ft-m", "LoRA": "lora", "QLoRA": "lora", "MELO": "melo", "WISE": "wise"}
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,10 @@ def traps(config: Config, hparams_class: type | None = None) -> list[Trap]:
         hparams_class: the class that will load it, where known; its fields are checked then.
     """
     method = str(config.get("alg_name"))
-    if method not in PRESETS:
-        return [Trap(f"alg_name is {method!r}", f"the adapters know {', '.join(PRESETS)}", fatal=KEY in config)]
+    if method not in BY_NAME:
+        return [Trap(f"alg_name is {method!r}", f"the adapters know {', '.join(BY_NAME)}", fatal=KEY in config)]
     found = [*_model(config), *_token_loss(config), *_single_edits(config)]
-    for check in _CHECKS[method]:
+    for check in _CHECKS.get(method, ()):
         found.extend(check(config))
     if hparams_class is not None:
         found.extend(_fields(config, hparams_class))
@@ -77,27 +79,38 @@ def _token_loss(config: Config) -> Iterator[Trap]:
         return
     method = config["alg_name"]
     try:
-        loss = choose(config[KEY], PRESETS[method]).loss
+        loss = choose(config[KEY], BY_NAME[method].preset).loss
     except (TypeError, ValueError) as error:
         yield Trap(str(error), f"mend {KEY}", fatal=True)
         return
-    if loss is None or loss.hold is not False:
+    if loss is None:
         return
-    if method in ("LoRA", "QLoRA", "MELO", "FT") and loss.settled_below > 0:
+    if method == "FT" and not callable(config[KEY]) and (name := read(config[KEY])[0]) in ("dft", "eaft"):
         yield Trap(
-            "hold_settled is false: Adam goes on moving every weight on the zero gradients of settled tokens",
-            "leave hold_settled out, or give a mean loss at which to hold",
+            f"{name} is near 0 where the target is improbable, and FT-M takes no step below a mean loss of 1e-2",
+            "another method for it, or another loss",
         )
-    if method == "FT" and loss.settled_below >= 1e-2:
+    if loss.hold:
+        return
+    if method != "WISE" and loss.epsilon > 0:
         yield Trap(
-            f"FT-M stops below a mean loss of 1e-2, at or below the floor epsilon={loss.settled_below:g}, so all "
-            "num_steps run",
-            "leave hold_settled out: a held step reports 0, which ends the edit",
+            "hold is false: Adam goes on moving every weight on the zero gradients of settled tokens",
+            "leave hold out, or give a mean loss at which to hold",
         )
-    if method == "WISE" and loss.settled_below > 0.02:
+    if method == "FT" and loss.epsilon >= 1e-2:
         yield Trap(
-            f"WISE stops at a total loss of 0.02, below the floor epsilon={loss.settled_below:g}, so all n_iter run",
-            "leave hold_settled out: a held step reports 0, which lets the stop fire",
+            f"FT-M stops below a mean loss of 1e-2, at or below the floor epsilon={loss.epsilon:g}, so all steps run",
+            "leave hold out: a held step reports 0, which ends the edit",
+        )
+    if BY_NAME[method] in VSTAR and loss.epsilon >= 0.05:
+        yield Trap(
+            f"{method} stops below a total of 0.05, at or below the floor epsilon={loss.epsilon:g}, so all steps run",
+            "leave hold out: a held step ends the edit",
+        )
+    if method == "WISE" and loss.epsilon > 0.02:
+        yield Trap(
+            f"WISE stops at a total loss of 0.02, below the floor epsilon={loss.epsilon:g}, so all n_iter run",
+            "leave hold out: a held step reports 0, which lets the stop fire",
         )
 
 
@@ -117,6 +130,25 @@ def _ft_objective(config: Config) -> Iterator[Trap]:
             "objective_optimization: target_new, which is FT-M",
             fatal=KEY in config,
         )
+        if (tokenizer := _tokenizer(config)) is not None and _adds_bos(tokenizer):
+            yield Trap(
+                f"the tokenizer puts {tokenizer.bos_token} before every text: FT-L trains it as the first target token",
+                "objective_optimization: target_new, which leaves it out",
+            )
+
+
+def _tokenizer(config: Config) -> Any:
+    """The model's tokenizer; None where it is not on this machine."""
+    try:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(config.get("model_name")), local_files_only=True)
+    except (ImportError, OSError, ValueError):
+        return None
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _adalora(config: Config) -> Iterator[Trap]:
@@ -149,6 +181,15 @@ def _lora_dropout(config: Config) -> Iterator[Trap]:
         )
 
 
+def _lora_freezes(config: Config) -> Iterator[Trap]:
+    if config.get(KEY) is None:
+        yield Trap(
+            f"after a {config['alg_name']} edit was taken back every weight of the model stays frozen, its cache off",
+            f"model.requires_grad_(True) and model.config.use_cache = True; with {KEY} both come back of themselves",
+            always=True,
+        )
+
+
 def _qlora(config: Config) -> Iterator[Trap]:
     yield Trap(
         "QLoRA's trainer pads prompt and target to one length and scores pad tokens too, so its labels do not follow "
@@ -164,6 +205,15 @@ def _melo_accumulates(config: Config) -> Iterator[Trap]:
         "a new editor for every single edit, and one process a run",
         always=True,
     )
+
+
+def _melo_pads(config: Config) -> Iterator[Trap]:
+    tokenizer = _tokenizer(config)
+    if tokenizer is not None and _adds_bos(tokenizer) and tokenizer.bos_token_id == tokenizer.pad_token_id:
+        yield Trap(
+            f"{tokenizer.bos_token} begins every text and is the pad token too, so MELO trains the last prompt token",
+            "a pad token of its own",
+        )
 
 
 def _melo_classifier(config: Config) -> Iterator[Trap]:
@@ -301,8 +351,8 @@ def _evaluation(config: Config) -> Iterator[Trap]:
 
 _CHECKS: dict[str, tuple[Callable[[Config], Iterator[Trap]], ...]] = {
     "FT": (_ft_objective,),
-    "LoRA": (_adalora, _lora_dropout),
-    "QLoRA": (_lora_dropout, _qlora),
-    "MELO": (_melo_accumulates, _melo_classifier, _melo_layers, _melo_nested_floats, _melo_radius),
+    "LoRA": (_adalora, _lora_dropout, _lora_freezes),
+    "QLoRA": (_lora_dropout, _lora_freezes, _qlora),
+    "MELO": (_melo_accumulates, _melo_pads, _melo_classifier, _melo_layers, _melo_nested_floats, _melo_radius),
     "WISE": (_wise_sequential, _wise_state, _wise_labels),
 }

@@ -1,12 +1,14 @@
 """WISE: the `CrossEntropyLoss` that its module imported, and what the paper changes with the loss.
 
-The paper shrinks "activation thresholds by 0.6" and trains without context templates (B.1). Of WISE's thresholds,
+The paper shrinks "activation thresholds by 0.6" and trains without context templates (B.1). The templates stay unless
+`context_templates: false` takes them away: they are what makes a WISE edit general. Of WISE's thresholds,
 `act_ratio` decides at inference whether a query goes to the edited weight: it is compared with how far the edit moved
 the activations, and a milder loss moves them less. The margins (alpha, beta, gamma) shape training instead; scaling
 them too was tried and is described beside the results in examples/easyedit. So `act_ratio` alone is scaled.
 
 WISE's early stop wants a total loss of at most 0.02, below OverTone's floor; a held step reports 0 for the tokens, so
-the stop fires once the activation loss, too, is done.
+the stop fires once the activation loss, too, is done. That loss is no term beside the edit but its other half: it
+teaches the router, so a held step still follows it.
 """
 
 from __future__ import annotations
@@ -21,9 +23,8 @@ from typing import Any
 from torch import nn
 
 from overtone.easyedit.cross_entropy import CrossEntropyStandIn, running
-from overtone.easyedit.hparams import Choice
+from overtone.easyedit.hparams import Choice, announce, choice_of
 from overtone.easyedit.patching import Patches
-from overtone.easyedit.running import announce, choice_of
 from overtone.easyedit.trainers import (
     MODELS,
     Trainer,

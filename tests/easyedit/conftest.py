@@ -16,13 +16,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy
 import pytest
 import torch
 
 import overtone.easyedit
-from overtone.easyedit.installation import TRAINERS
+from overtone.easyedit.methods import TRAINERS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 ROOT = os.environ.get("EASYEDIT_ROOT")
 METHODS = ("FT", "LoRA", "MELO", "WISE")
@@ -112,7 +116,8 @@ TEXT = (
 )
 
 
-def _tiny_model(folder: Path, arch: str) -> Path:
+def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer of the tests' words, saved in the folder."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -135,7 +140,13 @@ def _tiny_model(folder: Path, arch: str) -> Path:
     )
     tokenizer.save_pretrained(folder)
     bpe.model.save(str(folder))  # GPT2Tokenizer reads vocab.json and merges.txt
+    return tokenizer
 
+
+def _tiny_model(folder: Path, arch: str) -> Path:
+    import transformers
+
+    tokenizer = tiny_tokenizer(folder)
     common = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     common["initializer_range"] = 0.3  # loud enough that a few steps fit a fact
     if arch == "gpt2":

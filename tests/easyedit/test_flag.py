@@ -10,10 +10,12 @@ from conftest import ARCHITECTURES, METHODS, TARGETS
 
 import overtone.easyedit
 from overtone import OverToneConfig
-from overtone.easyedit.edit_loss import EditLoss
 from overtone.functional import reference_loss
+from overtone.token_loss import EditLoss, parse
 
 pytestmark = pytest.mark.easyedit
+
+WITHOUT_TEMPLATES = "overtone:context_templates=false"
 
 PRESETS = {"FT": "ft-m", "LoRA": "lora", "MELO": "melo", "WISE": "wise"}
 
@@ -104,7 +106,7 @@ class TestWithTheFlag:
     @pytest.mark.parametrize("method", METHODS)
     def test_minimises_overtone(self, framework, edit, recorder, method, arch):
         overtone.easyedit.install(framework.methods)
-        run = edit(method, arch, token_loss="overtone")
+        run = edit(method, arch, token_loss="overtone" if method != "WISE" else WITHOUT_TEMPLATES)
         minimised = losses_of(run, method)
         assert len(minimised) == len(recorder) == 3
         preset = OverToneConfig.preset(PRESETS[method]).as_kwargs()
@@ -121,7 +123,7 @@ class TestWithTheFlag:
     def test_only_target_tokens_are_scored_once_the_trainer_is_known(self, framework, edit, recorder, method):
         """FT-M hands over its prompt too; after the first gradient the adapter leaves it out."""
         overtone.easyedit.install(framework.methods)
-        run = edit(method, token_loss="overtone")
+        run = edit(method, token_loss="overtone" if method != "WISE" else WITHOUT_TEMPLATES)
         target = run.editor.tok(" " + TARGETS[0], add_special_tokens=False)["input_ids"]
         for _, labels, _ in recorder[1:]:
             assert labels.tolist() == target
@@ -146,7 +148,7 @@ class TestWithTheFlag:
         """The trainer minimises the recommended loss, and WISE its own templates with it."""
         overtone.easyedit.install(framework.methods)
         run = edit(method, token_loss="overtone_recommended")
-        settings = OverToneConfig.recommended(PRESETS[method], hold_settled=False).as_kwargs()
+        settings = parse("overtone_recommended").config(PRESETS[method]).as_kwargs()
         for logits, labels, values in recorder:
             torch.testing.assert_close(values, reference_loss(logits, labels, reduction="none", **settings))
         target = run.editor.tok(" " + TARGETS[0], add_special_tokens=False)["input_ids"]
@@ -199,25 +201,24 @@ class TestWithTheFlag:
 
 
 class TestWise:
-    """What the paper changes with the loss comes with it, and can be switched off."""
+    """The paper's thresholds come with the loss, its missing templates do not; both can be set."""
 
-    def test_thresholds_and_templates(self, framework, edit, recorder, caplog):
+    def test_thresholds_and_templates(self, framework, edit, recorder):
         overtone.easyedit.install(framework.methods)
         run = edit("WISE", token_loss="overtone")
         assert run.edited.config.act_ratio == pytest.approx(0.88 * 0.6)
         assert run.editor.hparams.act_ratio == 0.88
-        rows = len(run.editor.tok(" " + TARGETS[0], add_special_tokens=False)["input_ids"])
-        assert len(recorder[-1][1]) == rows
-
-    def test_both_can_be_switched_off(self, framework, edit, recorder):
-        overtone.easyedit.install(framework.methods)
-        loss = {"name": "overtone", "activation_scale": 1.0, "context_templates": True}
-        run = edit("WISE", token_loss=loss)
-        assert run.edited.config.act_ratio == 0.88
         templates = framework.module("models.wise.utils").CONTEXT_TEMPLATES_CACHE
         rows = len(run.editor.tok(" " + TARGETS[0], add_special_tokens=False)["input_ids"])
         assert len(templates) > 1
         assert len(recorder[-1][1]) == rows * len(templates)
+
+    def test_both_can_be_set(self, framework, edit, recorder):
+        overtone.easyedit.install(framework.methods)
+        run = edit("WISE", token_loss={"name": "overtone", "activation_scale": 1.0, "context_templates": False})
+        assert run.edited.config.act_ratio == 0.88
+        rows = len(run.editor.tok(" " + TARGETS[0], add_special_tokens=False)["input_ids"])
+        assert len(recorder[-1][1]) == rows
 
     def test_cross_entropy_keeps_both_unless_told(self, framework, edit):
         stock = edit("WISE").weights()
@@ -227,10 +228,10 @@ class TestWise:
         assert without.edited.config.act_ratio == 0.88
 
     def test_says_so_in_the_log(self, framework, edit, monkeypatch, caplog):
-        monkeypatch.setattr("overtone.easyedit.running._announced", set())
+        monkeypatch.setattr("overtone.easyedit.hparams._announced", set())
         overtone.easyedit.install(framework.methods)
         with caplog.at_level("INFO", logger="overtone.easyedit"):
-            edit("WISE", token_loss="overtone")
+            edit("WISE", token_loss=WITHOUT_TEMPLATES)
         assert "act_ratio 0.88 scaled to 0.528" in caplog.text
         assert "context templates off" in caplog.text
         assert "epsilon=0.05" in caplog.text

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import ClassVar
 
+import conftest
 import pytest
 import torch
 from hparams import build
@@ -23,7 +25,7 @@ class TestFtM:
 
     def test_ends_once_every_token_is_settled(self, framework, edit):
         overtone.easyedit.install(framework.methods)
-        run = edit("FT", num_steps=120, token_loss={"name": "overtone", "epsilon": 0.3, "hold_settled": True})
+        run = edit("FT", num_steps=120, token_loss={"name": "overtone", "epsilon": 0.3, "hold": "settled"})
         printed = run.printed()
         assert epochs(run) < 100
         assert printed[-1] == 0
@@ -31,19 +33,19 @@ class TestFtM:
 
     def test_ends_at_a_mean(self, framework, edit):
         overtone.easyedit.install(framework.methods)
-        at_mean = edit("FT", num_steps=120, token_loss={"name": "overtone", "epsilon": 0.3, "hold_settled": 1.0})
-        settled = edit("FT", num_steps=120, token_loss={"name": "overtone", "epsilon": 0.3, "hold_settled": True})
+        at_mean = edit("FT", num_steps=120, token_loss={"name": "overtone", "epsilon": 0.3, "hold": 1.0})
+        settled = edit("FT", num_steps=120, token_loss={"name": "overtone", "epsilon": 0.3, "hold": "settled"})
         assert epochs(at_mean) < epochs(settled)
 
     def test_runs_out_its_steps_in_the_papers_behaviour(self, framework, edit):
         overtone.easyedit.install(framework.methods)
-        run = edit("FT", num_steps=60, token_loss={"name": "overtone", "epsilon": 0.3, "hold_settled": False})
+        run = edit("FT", num_steps=60, token_loss={"name": "overtone", "epsilon": 0.3, "hold": False})
         assert epochs(run) == 60
         assert min(run.printed()) >= 0.3 - 1e-6
 
     def test_early_stopped_cross_entropy(self, framework, edit):
         overtone.easyedit.install(framework.methods)
-        run = edit("FT", num_steps=120, token_loss={"name": "cross_entropy", "hold_settled": 0.3})
+        run = edit("FT", num_steps=120, token_loss={"name": "cross_entropy", "hold": 0.3})
         assert epochs(run) < 100
         assert min(run.printed()[:-1]) > 0.3 - 0.1
 
@@ -55,7 +57,7 @@ class TestLoraAndMelo:
     def test_held_steps_leave_every_weight(self, framework, edit, method):
         overtone.easyedit.install(framework.methods)
         steps = "num_steps" if method == "LoRA" else "num_iter"
-        loss = {"name": "overtone", "epsilon": 1.0, "hold_settled": True}
+        loss = {"name": "overtone", "epsilon": 1.0, "hold": "settled"}
         short = edit(method, token_loss=loss, **{steps: 60})
         long = edit(method, token_loss=loss, **{steps: 66})
         assert (short.printed() if method == "LoRA" else short.editor.model.losses)[-1] == 0
@@ -65,10 +67,51 @@ class TestLoraAndMelo:
     def test_without_a_hold_adam_moves_on(self, framework, edit, method):
         overtone.easyedit.install(framework.methods)
         steps = "num_steps" if method == "LoRA" else "num_iter"
-        loss = {"name": "overtone", "epsilon": 1.0, "hold_settled": False}
+        loss = {"name": "overtone", "epsilon": 1.0, "hold": False}
         short = edit(method, token_loss=loss, **{steps: 60}).weights()
         long = edit(method, token_loss=loss, **{steps: 66}).weights()
         assert any(not torch.equal(value, long[name]) for name, value in short.items())
+
+    def test_held_steps_leave_every_weight_with_adalora_too(self, framework, edit, monkeypatch):
+        """Its orthogonality term is added outside of the model; this PEFT wants a total_step that EasyEdit lacks."""
+        module = framework.module("models.lora.lora_main")
+        monkeypatch.setattr(module, "AdaLoraConfig", functools.partial(module.AdaLoraConfig, total_step=1000))
+        overtone.easyedit.install(["LoRA"])
+        loss = {"name": "overtone", "epsilon": 100.0}
+        runs = [edit("LoRA", token_loss=loss, num_steps=steps, lora_type="adalora") for steps in (1, 6)]
+        assert runs[1].printed()[-1] > 0
+        moved = [name for name, value in runs[0].weights().items() if not torch.equal(value, runs[1].weights()[name])]
+        assert not moved
+
+    def test_held_steps_leave_every_weight_of_a_mixture_of_experts(self, framework, tmp_path):
+        """Its router loss is added inside of the model."""
+        import transformers
+
+        folder = tmp_path / "mistral-moe"
+        conftest.tiny_tokenizer(folder)
+        config = transformers.MixtralConfig(
+            vocab_size=400,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            num_local_experts=4,
+            output_router_logits=True,
+            router_aux_loss_coef=1.0,
+            pad_token_id=0,
+        )
+        transformers.AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+        overtone.easyedit.install(["LoRA"])
+        runs = []
+        for steps in (1, 6):
+            hparams = build(framework, "LoRA", folder, num_steps=steps)
+            hparams.token_loss = {"name": "overtone", "epsilon": 100.0}
+            torch.manual_seed(0)
+            runs.append(conftest.edit_with(framework, hparams))
+        assert runs[1].printed()[-1] > 0
+        moved = [name for name, value in runs[0].weights().items() if not torch.equal(value, runs[1].weights()[name])]
+        assert not moved
 
 
 class TestWise:
@@ -82,14 +125,14 @@ class TestWise:
 
     def test_ends_once_every_token_is_settled(self, framework, edit):
         overtone.easyedit.install(framework.methods)
-        loss = {"name": "overtone", "epsilon": 0.5, "hold_settled": True}
+        loss = {"name": "overtone", "epsilon": 0.5, "hold": "settled"}
         run = edit("WISE", n_iter=200, edit_lr=5.0, mask_ratio=1.0, token_loss=loss, **self.MARGINS)
         assert 2 < self._steps(run) < 200
         assert re.findall(r"^loss (\S+)", run.output, re.MULTILINE)[-2:] == ["0.0", "0.0"]
 
     def test_runs_out_its_steps_in_the_papers_behaviour(self, framework, edit):
         overtone.easyedit.install(framework.methods)
-        loss = {"name": "overtone", "epsilon": 0.5, "hold_settled": False}
+        loss = {"name": "overtone", "epsilon": 0.5, "hold": False}
         run = edit("WISE", n_iter=60, edit_lr=5.0, mask_ratio=1.0, token_loss=loss, **self.MARGINS)
         assert self._steps(run) == 60
 

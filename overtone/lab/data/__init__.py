@@ -1,1 +1,1 @@
-"""Published editing data as corpora."""
+"""What is edited: true texts, edits of them, and the probes that judge an edit. Nothing here needs torch."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from overtone.lab.knowedit import KnowEditCase, KnowEditCorpus
-from overtone.lab.published import Record, read_records, sample
-from overtone.lab.recipes import Recipe
-from overtone.lab.world import Edit, Probe
+from overtone.lab.data.edit import Edit, Probe
+from overtone.lab.data.knowedit import KnowEditCase, KnowEditCorpus
+from overtone.lab.data.published import Record, read_records, sample
+from overtone.lab.data.recipe import Recipe
 
 WIKIDATA_RECIPE = Recipe(vocabulary=1500, steps=400)
 

@@ -1,1 +1,1 @@
-"""Editing methods: which weights an edit moves, and how."""
+"""How a model is edited: methods, their optimiser settings, and the losses that drive them."""

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overtone.lab.editors import open_down_projection
+from overtone.lab.edit.weights import open_down_projection
 from overtone.lab.model.positions import Text, entering_at, layer_inputs
 
 
 class CachedDownProjection:
-    """`overtone.lab.editors.open_down_projection` for many edits at once.
+    """`overtone.lab.edit.weights.open_down_projection` for many edits at once.
 
     An edit's weights are a copy of the down-projection's weight, as one vector.
     """

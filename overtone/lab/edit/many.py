@@ -1,7 +1,7 @@
 """Many independent edits of one model in one batch, each with weights of its own.
 
 A step of a single edit is bound by reading the model's weights, not by arithmetic, so a batch of eight costs little
-more than one. Every edit keeps its own weights, its own Adam, its own stop and its own hold: the numbers are those of
+more than one. Every edit keeps its own weights, its own Adam, and its own hold: the numbers are those of
 the edits made one after the other, up to rounding.
 """
 
@@ -16,10 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from overtone.lab.batching import IGNORE_INDEX, TargetBatch
-from overtone.lab.editors import frozen
-from overtone.lab.losses import TokenLoss
+from overtone.lab.edit.weights import frozen
 from overtone.lab.model.positions import Text, logits_at
+from overtone.lab.model.targets import IGNORE_INDEX, TargetBatch
 
 Objective = Callable[[Tensor], Tensor]
 """From the logits (P, V) at the positions of an edit's texts, text after text, to a scalar; at least float32."""
@@ -57,14 +56,12 @@ class Job:
         texts: that the edit is fitted on.
         objective: the loss of one step.
         start: the weights (W,) before it.
-        stop_below: stop before a step once the loss is below this value; None: run all steps.
         watches: name to the condition under which the weights are kept, the first time that it holds.
     """
 
     texts: tuple[Text, ...]
     objective: Objective
     start: Tensor
-    stop_below: float | None = None
     watches: Mapping[str, Watch] = field(default_factory=dict)
 
 
@@ -82,9 +79,9 @@ class FittedEdit:
 
     Attributes:
         weights: (W,), at the end.
-        losses: before each update, and the one at which the edit was held or stopped.
+        losses: before each update, and the one at which the edit was held.
         steps: optimiser steps taken.
-        ended: "steps", "stopped" or "held", as in `overtone.lab.editors.FitTrace`.
+        ended: "steps" or "held", as in `overtone.lab.edit.fit.FitTrace`.
         seconds: its share of the wall-clock time of the steps that it took part in.
         snapshots: for each watch whose condition came true, the weights at that moment.
     """
@@ -97,18 +94,23 @@ class FittedEdit:
     snapshots: Mapping[str, Snapshot]
 
 
-def target_job(batch: TargetBatch, token_loss: TokenLoss, start: Tensor, **settings: Any) -> Job:
+def target_job(
+    batch: TargetBatch,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    watches: Mapping[str, Watch] | None = None,
+) -> Job:
     """The job of fitting a batch's target tokens, all of them in every step.
 
     Args:
         batch: the edit's prompts and targets.
-        token_loss: logits (N, V) and labels (N,) to a scalar.
+        loss_of: from logits (N, V) and labels (N,) to a scalar, as `overtone.lab.edit.fit.fit` takes it.
         start: the weights before the edit.
-        settings: `stop_below` and `watches` of the job.
+        watches: of the job.
     """
     texts = tuple(target_texts(batch))
     labels = batch.labels[batch.labels != IGNORE_INDEX]
-    return Job(texts, lambda logits: token_loss(logits, labels), start, **settings)
+    return Job(texts, lambda logits: loss_of(logits, labels), start, watches or {})
 
 
 def target_texts(batch: TargetBatch) -> list[Text]:
@@ -193,9 +195,6 @@ class _Running:
         for name, watch in self.job.watches.items():
             if name not in self._snapshots and watch(value, leaf.detach()):
                 self._snapshots[name] = Snapshot(self.weights.detach().clone(), self._taken)
-        if self.job.stop_below is not None and value < self.job.stop_below:
-            self.ended = "stopped"
-            return None
         loss.backward()
         if leaf.grad is None:
             self.ended = "held"

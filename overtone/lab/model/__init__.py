@@ -1,1 +1,1 @@
-"""Language models for the lab, and what the rest of the lab asks of them."""
+"""What is edited in: small models trained on a corpus, models by name, and what either knows."""

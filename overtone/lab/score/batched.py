@@ -1,8 +1,8 @@
 """Probes of many edited models in padded passes, with logits only where something is measured.
 
-Rel, Gen, Por and Loc are those of `overtone.lab.metrics`. Beside them stands the share of answers that free-running
-greedy generation would begin with. That needs no generation: it does so exactly where every token of the answer is the
-argmax given the true tokens before it.
+Rel, Gen, Por and Loc are those of `overtone.lab.score.scores`. Beside them stands the share of answers that greedy
+generation would begin with. That needs no generation: it does so exactly where every token of the answer is the argmax
+given the true tokens before it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overtone.lab.batching import encode_targets
+from overtone.lab.data.edit import Edit, Probe
 from overtone.lab.edit.many import OpenedWeights, target_texts
-from overtone.lab.metrics import MEASURES, kl_divergence, sequence_probability
 from overtone.lab.model.positions import Capture, Text, logits_at
+from overtone.lab.model.targets import encode_targets
 from overtone.lab.score.answers import normalised
-from overtone.lab.world import Edit, Probe
+from overtone.lab.score.scores import MEASURES, kl_divergence, sequence_probability
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from overtone.lab.edit.many import OpenedWeights
-from overtone.lab.metrics import complete
 from overtone.lab.score.answers import begins_with
 from overtone.lab.score.batched import Exam
+from overtone.lab.score.completion import complete
 
 
 def spoken_answers(
