@@ -62,10 +62,11 @@ def test_a_snapshot_is_the_edit_that_stops_there(method):
     model = mini_lab.random_model()
     opened = METHODS[method][1](model)
     batch = encode_targets(mini_lab.tokenizer(), list(EDITS[0]))
-    watches = {threshold: lambda loss, _, below=threshold: loss < below for threshold in (3.0, 1.0, 1e-9)}
-    whole = target_job(batch, F.cross_entropy, opened.start(0), watches=watches)
+    thresholds = {"3.0": 3.0, "1.0": 1.0, "1e-9": 1e-9}
+    watch = lambda loss, _: [name for name, below in thresholds.items() if loss <= below]  # noqa: E731
+    whole = target_job(batch, F.cross_entropy, opened.start(0), watch=watch)
     (fitted,) = fit_many(model, opened, [whole], steps=15, lr=0.05)
-    assert fitted.snapshots.keys() == {3.0, 1.0}
+    assert fitted.snapshots.keys() == {"3.0", "1.0"}
     for threshold, snapshot in fitted.snapshots.items():
         stopping = target_job(batch, parse(f"cross_entropy:hold={threshold}").build("lora").mean, opened.start(0))
         (stopped,) = fit_many(model, opened, [stopping], steps=15, lr=0.05)

@@ -8,9 +8,9 @@ the edits made one after the other, up to rounding.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +23,8 @@ from overtone.lab.model.targets import IGNORE_INDEX, TargetBatch
 Objective = Callable[[Tensor], Tensor]
 """From the logits (P, V) at the positions of an edit's texts, text after text, to a scalar; at least float32."""
 
-Watch = Callable[[float, Tensor], bool]
-"""From the loss and the logits (P, V) before an update to whether the weights at that moment are to be kept."""
+Watch = Callable[[float, Tensor], Iterable[str]]
+"""From the loss and the logits (P, V) before an update to the names of what has come about: the weights are kept."""
 
 
 class OpenedWeights(Protocol):
@@ -56,13 +56,15 @@ class Job:
         texts: that the edit is fitted on.
         objective: the loss of one step.
         start: the weights (W,) before it.
-        watches: name to the condition under which the weights are kept, the first time that it holds.
+        watch: says before each update under which names to keep the weights; the first time counts.
+        until: end once the weights are kept under all of these names; none: run all steps.
     """
 
     texts: tuple[Text, ...]
     objective: Objective
     start: Tensor
-    watches: Mapping[str, Watch] = field(default_factory=dict)
+    watch: Watch | None = None
+    until: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class FittedEdit:
         steps: optimiser steps taken.
         ended: "steps" or "held", as in `overtone.lab.edit.fit.FitTrace`.
         seconds: its share of the wall-clock time of the steps that it took part in.
-        snapshots: for each watch whose condition came true, the weights at that moment.
+        snapshots: the weights that the watch had kept, by name.
     """
 
     weights: Tensor
@@ -98,7 +100,9 @@ def target_job(
     batch: TargetBatch,
     loss_of: Callable[[Tensor, Tensor], Tensor],
     start: Tensor,
-    watches: Mapping[str, Watch] | None = None,
+    *,
+    watch: Watch | None = None,
+    until: Iterable[str] = (),
 ) -> Job:
     """The job of fitting a batch's target tokens, all of them in every step.
 
@@ -106,11 +110,11 @@ def target_job(
         batch: the edit's prompts and targets.
         loss_of: from logits (N, V) and labels (N,) to a scalar, as `overtone.lab.edit.fit.fit` takes it.
         start: the weights before the edit.
-        watches: of the job.
+        watch, until: of the job.
     """
     texts = tuple(target_texts(batch))
     labels = batch.labels[batch.labels != IGNORE_INDEX]
-    return Job(texts, lambda logits: loss_of(logits, labels), start, watches or {})
+    return Job(texts, lambda logits: loss_of(logits, labels), start, watch, frozenset(until))
 
 
 def target_texts(batch: TargetBatch) -> list[Text]:
@@ -192,9 +196,12 @@ class _Running:
         self._losses.append(value)
         if not torch.isfinite(loss):
             raise RuntimeError(f"the loss is {value} after {self._taken} steps with lr={self._lr}: lower lr")
-        for name, watch in self.job.watches.items():
-            if name not in self._snapshots and watch(value, leaf.detach()):
-                self._snapshots[name] = Snapshot(self.weights.detach().clone(), self._taken)
+        if self.job.watch is not None:
+            for name in self.job.watch(value, leaf.detach()):
+                self._snapshots.setdefault(name, Snapshot(self.weights.detach().clone(), self._taken))
+        if self.job.until and self.job.until <= self._snapshots.keys():
+            self.ended = "held"
+            return None
         loss.backward()
         if leaf.grad is None:
             self.ended = "held"

@@ -76,6 +76,7 @@ def _row(record: EditRecord) -> dict[str, Any]:
     row["lr"] = record.settings.get("lr")
     if record.scores is not None:
         accuracy, exact = record.scores.accuracy, record.scores.exact_match
-        row |= {"kl": record.scores.kl, "average": fmean(accuracy.values()), "exact match": fmean(exact.values())}
+        row |= {"kl": record.scores.kl, "average": fmean(accuracy.values())}
+        row["exact match"] = fmean(exact.values()) if exact else None
         row |= {name: accuracy.get(name) for name in ACCURACIES}
     return row

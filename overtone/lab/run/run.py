@@ -25,6 +25,7 @@ from overtone.lab.run.plan import HELD_OUT_TEXTS, Plan, held_out_texts, make_pla
 from overtone.lab.run.settings import RunSettings
 from overtone.lab.run.sharding import Shard
 from overtone.lab.run.task import SequenceTask
+from overtone.lab.run.together import TogetherTask, together
 from overtone.lab.run.workers import one_thread, perform_all
 from overtone.lab.score.perplexity import perplexity
 
@@ -53,7 +54,7 @@ class Run:
         self._source: ModelSource = (
             LabModels(settings.arch, show_progress=self.shard.rank == 0)
             if settings.model is None
-            else NamedModel(settings.model)
+            else NamedModel(settings.model, dtype=settings.dtype)
         )
         self._check_workers()
         self.plan: Plan = make_plan(settings)
@@ -109,9 +110,17 @@ class Run:
             # The longest first, so that no worker is left alone with one at the end.
             tasks = sorted(group, key=lambda task: -task.length)
             model = self._source.open(self.plan.corpora[data, seed], seed)
-            for records in perform_all(model.workplace, model.source, tasks, workers=self._workers):
+            for records in perform_all(
+                model.workplace, model.source, self._performable(tasks), workers=self._workers, dtype=model.dtype
+            ):
                 self.results.write(records)
                 yield len(records)
+
+    def _performable(self, tasks: list[SequenceTask]) -> list[SequenceTask | TogetherTask]:
+        if self.settings.at_once == 1:
+            return [*tasks]
+        own = [task for task in tasks if task.method in METHODS]
+        return [*together(own, self.settings.at_once), *(task for task in tasks if task.method not in METHODS)]
 
     def finished(self) -> int:
         """How many edits of the grid are on disk, of whichever process."""
@@ -167,7 +176,8 @@ class Run:
         corpus = self.plan.corpora[data, seed]
         model = self._source.open(corpus, seed)
         for method in self.settings.methods:
-            with open_session(model.workplace, method, None, 0, corpus.training_texts()):
+            chosen = METHODS[method].changed(self.settings.changes) if method in METHODS else None
+            with open_session(model.workplace, method, chosen, 0, corpus.training_texts()):
                 pass
 
     def _versions(self) -> dict[str, str]:

@@ -30,6 +30,12 @@ class RunSettings:
         size: how many records of such a file a small model is to know; None: the corpus' own default.
         model: name or folder of the model to edit; None: a small one trained on each corpus.
         arch: of the small models, a key of `overtone.lab.model.training.ARCHITECTURES`.
+        lrs: learning rates, each a grid of its own; none: the method's.
+        changes: of the methods' other settings, by the names of `overtone.lab.edit.methods.MethodSettings`. Each method
+            takes those that it has.
+        at_once: how many edits of the lab's own methods share a pass. From 2 on only what needs no generation is
+            measured, which is what a large model can be asked in minutes.
+        dtype: of the weights of a named model, such as "bfloat16"; None: float32 on the CPU, elsewhere as stored.
     """
 
     data: tuple[str, ...] = ("short",)
@@ -43,6 +49,10 @@ class RunSettings:
     size: int | None = None
     model: str | None = None
     arch: str = "llama"
+    lrs: tuple[float, ...] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    at_once: int = 1
+    dtype: str | None = None
 
 
 _BEYOND_THE_PAPER = ("overtone:lam=0.5+hold=correct,0.1", "overtone:lam=0.5+hold=correct,0.2")

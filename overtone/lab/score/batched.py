@@ -20,7 +20,7 @@ from overtone.lab.edit.many import OpenedWeights, target_texts
 from overtone.lab.model.positions import Capture, Text, logits_at
 from overtone.lab.model.targets import encode_targets
 from overtone.lab.score.answers import normalised
-from overtone.lab.score.scores import MEASURES, kl_divergence, sequence_probability
+from overtone.lab.score.scores import MEASURES, Scores, kl_divergence, sequence_probability
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,26 @@ class EditScores:
     def kl(self) -> float | None:
         """KL on locality in nats, averaged in the same way; None without locality probes."""
         return _mean_over_kinds((probe.kind, probe.kl) for probe in self.probes if probe.kl is not None)
+
+    def summary(self) -> Scores:
+        """The scores as results have them; what needs a generation is empty."""
+        kinds = {(probe.measure, probe.kind) for probe in self.probes}
+        by_kind = {
+            f"{measure}.{kind}": fmean(
+                probe.accuracy for probe in self.probes if (probe.measure, probe.kind) == (measure, kind)
+            )
+            for measure, kind in sorted(kinds)
+        }
+        return Scores(
+            accuracy=self.accuracy(),
+            accuracy_by_kind=by_kind,
+            exact_match={},
+            p_new=self.p_new,
+            p_old=self.p_old,
+            kl=self.kl,
+            begins=self.begins(),
+            por_of_others=self.accuracy(without_new_target=True).get("por"),
+        )
 
     def _means(self, value: Callable[[ProbeScore], float], without_new_target: bool) -> dict[str, float]:
         means = {}
