@@ -1,6 +1,7 @@
 """What the loss costs: on logits, on hidden states, and in whole edits.
 
     python examples/benchmark.py --csv benchmark.csv
+    python examples/benchmark.py --tables logits --against ../overtone-before    # another tree's loss beside it
 
 Times are of one forward and backward: medians of rounds in which all contenders take turns, after one that builds;
 ratios, medians of each round's ratio to the first. Memory is the most held beyond the inputs ("-": too little to see),
@@ -12,6 +13,7 @@ import contextlib
 import csv
 import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -54,6 +56,22 @@ def hidden_losses() -> dict[str, Loss]:
         chunk = import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
         losses["TRL's fused head"] = lambda h, w, y: -log_probs(h, w, None, y, 1.0, chunk, None, 1.0, ())[0].mean()
     return {**losses, "linear_overtone_loss": overtone.linear_overtone_loss}
+
+
+def loss_of_tree(folder: Path) -> Loss:
+    """overtone_loss as another checkout has it, whose modules are then out of the way again."""
+    own = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "overtone"}
+    sys.path.insert(0, str(folder))
+    try:
+        loss: Loss = import_module("overtone").overtone_loss
+        for dtype in (torch.float32, torch.bfloat16):  # what it imports at its first call is found now
+            loss(torch.zeros(2, 2**16, dtype=dtype, requires_grad=True), torch.zeros(2, dtype=torch.long)).backward()
+    finally:
+        sys.path.remove(str(folder))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "overtone"]:
+            del sys.modules[name]
+        sys.modules.update(own)
+    return loss
 
 
 def run(loss: Loss, inputs: list[Tensor]) -> float:
@@ -121,7 +139,8 @@ def logits_table(arguments: argparse.Namespace) -> Iterator[Row]:
         random[torch.arange(0, rows, 2), labels[::2]] += 16
         logits = random.to(arguments.device, getattr(torch, dtype)).requires_grad_()
         inputs = [logits, labels.to(logits.device)]
-        for row, peak in measure(f"{size} {dtype}", LOGITS_LOSSES, inputs, arguments.rounds):
+        losses = {name: loss for name, loss in LOGITS_LOSSES.items() if name in (arguments.only or [name])}
+        for row, peak in measure(f"{size} {dtype}", losses, inputs, arguments.rounds):
             is_seen = row["ratio"] != "-" and (logits.is_cuda or logits.nbytes > 2**24)
             yield row | ({"memory": f"{peak / logits.nbytes:.2f}"} if is_seen else {"MiB": "-", "memory": "-"})
 
@@ -144,25 +163,26 @@ def hidden_table(arguments: argparse.Namespace) -> Iterator[Row]:
 
 def edits_table(arguments: argparse.Namespace) -> Iterator[Row]:
     """Edits of the lab's model on one thread, with the lab's methods and, with EASYEDIT_ROOT set, EasyEdit's."""
-    from overtone.lab.experiment import Workplace, one_thread
-    from overtone.lab.losses import LOSSES
-    from overtone.lab.pretrain import load_or_train
-    from overtone.lab.sessions import open_session
-    from overtone.lab.world import build_world
+    from overtone.lab.data.corpora import open_corpus
+    from overtone.lab.edit.sessions import open_session
+    from overtone.lab.model.pretrain import load_or_train
+    from overtone.lab.model.workplace import Workplace
+    from overtone.lab.run.workers import one_thread
+    from overtone.token_loss import parse
 
-    lab_model = load_or_train(world := build_world(0))
+    lab_model = load_or_train(world := open_corpus("short", seed=0))
     workplace, edits = Workplace(lab_model.model, lab_model.tokenizer), world.edits(10, seed=0)
-    losses = [LOSSES[name] for name in ("cross_entropy", "overtone", "overtone_held", "overtone_recommended")]
+    losses = [parse(spec) for spec in ("cross_entropy", "overtone", "overtone:hold=settled", "overtone_recommended")]
     for method in ("ft-m", "lora", "easyedit-ft", "easyedit-lora"):
         try:
-            with open_session(workplace, method, 0):
+            with open_session(workplace, method, None, 0):
                 pass
         except (ImportError, ValueError) as error:
             Console().print(f"left out: {error}")
             continue
         traces: dict[str, list[tuple[float, int]]] = {loss.title: [] for loss in losses}
         for (index, edit), loss in product(enumerate(edits), losses):
-            with one_thread(), open_session(workplace, method, index) as session:
+            with one_thread(), open_session(workplace, method, None, index) as session:
                 trace = session.apply(edit, loss)
                 traces[loss.title].append((trace.seconds * 1e3, trace.steps))
         for title, own in traces.items():
@@ -175,14 +195,17 @@ def main() -> None:
     tables = {"logits": logits_table, "hidden": hidden_table, "edits": edits_table}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", default=list(tables), choices=list(tables))
-    parser.add_argument("--sizes", nargs="+", default=["8x32000", "8x128256", "2048x32000", "512x128256"])
+    parser.add_argument("--sizes", nargs="+", default=["8x600", "8x32000", "8x128256", "2048x32000", "512x128256"])
     parser.add_argument("--hidden-sizes", nargs="+", default=["4096x32000x128"], metavar="NxVxH")
-    parser.add_argument("--only", nargs="+", metavar="CONTENDER", help="of those on hidden states, by name")
+    parser.add_argument("--only", nargs="+", metavar="CONTENDER", help="of logits or hidden states, by name")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout, whose overtone_loss runs too")
     parser.add_argument("--csv", type=Path, help="also write every row here")
     arguments = parser.parse_args()
+    if arguments.against:
+        LOGITS_LOSSES["overtone_loss of --against"] = loss_of_tree(arguments.against)
     written: list[Row] = []
     for name in arguments.tables:
         rows = list(tables[name](arguments))

@@ -4,19 +4,20 @@
     python examples/finetune_comparison.py --losses overtone "cross-entropy" --seeds 2 --out /tmp/finetune
 
 Every loss gets the same texts, learning rate and epochs, by transformers' Trainer. Finished runs are kept in
-OUT.jsonl, under a first line with the settings, so that an interrupted comparison goes on where it stopped; the table
-of the losses and sets that were asked for is written to OUT.md.
+OUT.jsonl, under a first line with the settings, so that an interrupted comparison goes on where it stopped; those of
+the losses and sets that were asked for are written to OUT.csv, and their table is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import json
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,10 +30,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from overtone import OverToneConfig
 from overtone.huggingface import TokenStatesCallback, compute_loss_func
-from overtone.lab.batching import encode_targets
-from overtone.lab.metrics import complete, is_exact_match, teacher_forced, token_agreement
-from overtone.lab.records import write_atomically
-from overtone.lab.world import Probe
+from overtone.lab.data.edit import Probe
+from overtone.lab.model.targets import encode_targets
+from overtone.lab.results.files import write_whole
+from overtone.lab.score.completion import complete, is_exact_match
+from overtone.lab.score.scores import teacher_forced, token_agreement
 
 TEXTS, EPOCHS, BATCH, LEARNING_RATE = 30, 30, 10, 5e-4
 SETTINGS = {"texts": TEXTS, "epochs": EPOCHS, "batch": BATCH, "learning_rate": LEARNING_RATE}
@@ -72,9 +74,9 @@ def dft_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor
     return loss
 
 
-def overtone_held(hold_settled: bool | float) -> dict[str, Any]:
+def overtone_held(hold: str | float) -> dict[str, Any]:
     """Stops once an epoch of batches has been held."""
-    config = OverToneConfig(hold_settled=hold_settled)
+    config = OverToneConfig(hold=hold)
     callback = TokenStatesCallback(config, stop_after_held=TEXTS // BATCH)
     return {"compute_loss_func": compute_loss_func(config, observer=callback.observe), "callbacks": [callback]}
 
@@ -86,7 +88,7 @@ LOSSES: dict[str, Callable[[], dict[str, Any]]] = {
     "label smoothing 0.1": lambda: {"label_smoothing_factor": 0.1},
     "DFT": lambda: {"compute_loss_func": dft_loss},
     "OverTone": lambda: {"compute_loss_func": compute_loss_func()},
-    "OverTone, held": lambda: overtone_held(True),
+    "OverTone, held": lambda: overtone_held("settled"),
     "OverTone, held at a mean KL of 0.02": lambda: overtone_held(0.02),
 }
 
@@ -188,14 +190,14 @@ def read_outcomes(path: Path) -> list[Outcome]:
 
 def write_outcomes(path: Path, outcomes: list[Outcome]) -> None:
     lines = [SETTINGS, *map(asdict, outcomes)]
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), metavar="LOSS")
     arguments.add_argument("--seeds", type=int, default=8, help="sets of texts")
-    arguments.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "finetune")
+    arguments.add_argument("--out", type=Path, default=Path("finetune-out/finetune"))
     options = arguments.parse_args()
     records = options.out.with_suffix(".jsonl")
     records.parent.mkdir(parents=True, exist_ok=True)
@@ -217,12 +219,8 @@ def main() -> None:
     asked = [
         outcome for loss in losses for outcome in outcomes if outcome.loss == loss and outcome.seed < options.seeds
     ]
-    caption = (
-        f"{TEXTS} long texts a set, {options.seeds} sets, {EPOCHS} epochs at most, batches of {BATCH}, AdamW at "
-        f"{LEARNING_RATE}, all weights; means with 95% intervals over the sets. "
-        "`python examples/finetune_comparison.py`"
-    )
-    write_atomically(options.out.with_suffix(".md"), f"{caption}\n\n{table(asked)}")
+    with options.out.with_suffix(".csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([Outcome.__dataclass_fields__, *map(astuple, asked)])
     print(table(asked))
 
 

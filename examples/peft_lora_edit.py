@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from overtone import OverToneConfig
 from overtone.huggingface import attach
-from overtone.lab.batching import encode_targets
+from overtone.lab.model.targets import encode_targets
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     batch = encode_targets(subject.tokenizer, [(edit.prompt, edit.target_new)], subject.model.device)
     trained = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0)
-    with attach(subject.model, OverToneConfig.preset("lora", hold_settled=True)):
+    with attach(subject.model, OverToneConfig.preset("lora", hold="settled")):
         for step in range(options.steps):
             optimizer.zero_grad()
             loss = subject.model(

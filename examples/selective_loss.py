@@ -18,8 +18,8 @@ from torch import Tensor
 
 from overtone import OverToneConfig
 from overtone.huggingface import attach
-from overtone.lab.batching import TargetBatch, encode_targets
-from overtone.lab.world import Edit
+from overtone.lab.data.edit import Edit
+from overtone.lab.model.targets import TargetBatch, encode_targets
 
 
 def refusal(subject: Lesson, edit: Edit) -> tuple[Edit, TargetBatch, Tensor]:
@@ -58,7 +58,7 @@ def main() -> None:
     before = answers(subject, probes)
 
     optimizer = torch.optim.AdamW(subject.model.parameters(), lr=options.learning_rate, weight_decay=0.0)
-    with attach(subject.model, OverToneConfig(hold_settled=True)):
+    with attach(subject.model, OverToneConfig(hold="settled")):
         for step in range(options.steps):
             optimizer.zero_grad()
             loss = subject.model(

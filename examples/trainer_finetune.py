@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from overtone import OverToneConfig
 from overtone.huggingface import TokenStatesCallback, compute_loss_func
-from overtone.lab.batching import encode_targets
+from overtone.lab.model.targets import encode_targets
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     batch = encode_targets(subject.tokenizer, [(edit.prompt, edit.target_new) for edit in subject.edits])
     columns = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
     rows = [{name: values[row] for name, values in columns.items()} for row in range(len(subject.edits))]
-    config = OverToneConfig(epsilon=0.05, hold_settled=True)
+    config = OverToneConfig(epsilon=0.05, hold="settled")
     callback = TokenStatesCallback(config, stop_after_held=2)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(

@@ -31,7 +31,7 @@ def main() -> None:
     before = answers(subject, probes)
 
     rows = [{"prompt": edit.prompt, "completion": edit.target_new} for edit in subject.edits]
-    config = OverToneConfig(epsilon=0.05, hold_settled=True)
+    config = OverToneConfig(epsilon=0.05, hold="settled")
     callback = TokenStatesCallback(config, stop_after_held=2)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from overtone.checks import check_hyperparameters
-from overtone.hold import OLD_NAMES, HoldValue, accepts_old_names, old_values, read_hold
+from overtone.hold import HoldValue, accepts_old_names, old_values, read_hold
 
 __all__ = ["PRESETS", "RECOMMENDED", "OverToneConfig"]
 
@@ -64,12 +64,17 @@ class OverToneConfig:
             raise ValueError(f"method must be one of {sorted(settings)}, got {method!r}")
         return cls(**{**settings[method], **changes})
 
-    def __getattr__(self, name: str) -> Any:
-        """The hold by its old names, with a DeprecationWarning."""
-        if name not in OLD_NAMES:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        warnings.warn(f"{name} is now a part of hold", DeprecationWarning, stacklevel=2)
-        return old_values(self.hold)[name]
+    @property
+    def hold_settled(self) -> bool | float:
+        """A part of hold by its old name, with a DeprecationWarning."""
+        warnings.warn("hold_settled is now a part of hold", DeprecationWarning, stacklevel=2)
+        return old_values(self.hold)["hold_settled"]
+
+    @property
+    def hold_correct(self) -> bool:
+        """A part of hold by its old name, with a DeprecationWarning."""
+        warnings.warn("hold_correct is now a part of hold", DeprecationWarning, stacklevel=2)
+        return bool(old_values(self.hold)["hold_correct"])
 
     def as_kwargs(self) -> dict[str, Any]:
         """The fields as keyword arguments of `overtone_loss`."""

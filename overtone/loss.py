@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -106,15 +106,19 @@ def overtone_loss(
     kernel = choose(token_logits)
     correct_only = holding.correct
     loss: Tensor
-    loss, kl, coefficients, _ = _OverTone.apply(  # type: ignore[no-untyped-call]
+    is_transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    function = _OverTone if is_transformed else _OrdinaryOverTone
+    loss, kl, coefficients, _ = function.apply(  # type: ignore[no-untyped-call]
         token_logits,
         token_labels,
         _room_for_gradient(token_logits, reduction, kernel),
-        kernel,
-        Target(None if n_sigma is None else float(n_sigma), float(lam), check),
-        Clip(float(epsilon), correct_only),
-        reduction,
-        ignore_index,
+        _Options(
+            kernel,
+            Target(None if n_sigma is None else float(n_sigma), float(lam), check),
+            Clip(float(epsilon), correct_only),
+            reduction,
+            ignore_index,
+        ),
     )
     if holding:
         counted = token_labels != ignore_index
@@ -189,6 +193,16 @@ def _room_for_gradient(logits: Tensor, reduction: Reduction, kernel: Kernel) -> 
     return logits.new_empty(logits.shape) if logits.numel() <= kernel.gradient_with_fit_up_to else None
 
 
+class _Options(NamedTuple):
+    """What is no tensor."""
+
+    kernel: Kernel
+    target: Target
+    clip: Clip
+    reduction: Reduction
+    ignore_index: int
+
+
 class _OverTone(torch.autograd.Function):
     """`Kernel.fit` of tokens ``(N, V)``, of which the loss alone is differentiable."""
 
@@ -197,12 +211,9 @@ class _OverTone(torch.autograd.Function):
         logits: Tensor,
         labels: Tensor,
         gradient: Tensor | None,
-        kernel: Kernel,
-        target: Target,
-        clip: Clip,
-        reduction: Reduction,
-        ignore_index: int,
+        options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        kernel, target, clip, reduction, ignore_index = options
         fit = kernel.fit(
             logits, labels, target, clip, reduction=reduction, ignore_index=ignore_index, gradient=gradient
         )
@@ -210,8 +221,9 @@ class _OverTone(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, labels, ctx.gradient, ctx.kernel, *_ = inputs
+        logits, labels, ctx.gradient, options = inputs
         _, kl, coefficients, row_weights = output
+        ctx.kernel = options.kernel
         ctx.save_for_backward(logits, labels, coefficients, row_weights)
         ctx.mark_non_differentiable(kl, coefficients, row_weights)
         ctx.set_materialize_grads(False)
@@ -219,7 +231,7 @@ class _OverTone(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 8
+            return (None,) * 4
         # Handed out once: whoever gets it may keep it, or write to it.
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is not None and torch.is_grad_enabled():
@@ -232,7 +244,7 @@ class _OverTone(torch.autograd.Function):
             gradient = _Gradient.apply(  # type: ignore[no-untyped-call]
                 grad_loss * row_weights, logits, labels, coefficients, ctx.kernel
             )
-        return gradient, *[None] * 7
+        return gradient, None, None, None
 
     @staticmethod
     def vmap(
@@ -241,11 +253,7 @@ class _OverTone(torch.autograd.Function):
         logits: Tensor,
         labels: Tensor,
         gradient: Tensor | None,
-        kernel: Kernel,
-        target: Target,
-        clip: Clip,
-        reduction: Reduction,
-        ignore_index: int,
+        options: _Options,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """A batch of calls ``(B, N, V)`` is one call of as many rows, reduced apart."""
         size = info.batch_size
@@ -253,14 +261,29 @@ class _OverTone(torch.autograd.Function):
             _batch_first(tensor, dim, size) for tensor, dim in zip((logits, labels), in_dims[:2], strict=True)
         )
         token_loss, kl, coefficients, row_weights = _OverTone.apply(  # type: ignore[no-untyped-call]
-            logits.flatten(0, 1), labels.flatten(), None, kernel, target, clip, "none", ignore_index
+            logits.flatten(0, 1), labels.flatten(), None, options._replace(reduction="none")
         )
         token_loss, kl, row_weights = (values.view(labels.shape) for values in (token_loss, kl, row_weights))
-        loss = token_loss if reduction == "none" else token_loss.sum(dim=1)
-        if reduction == "mean":
-            count = (labels != ignore_index).sum(dim=1).clamp(min=1)
+        loss = token_loss if options.reduction == "none" else token_loss.sum(dim=1)
+        if options.reduction == "mean":
+            count = (labels != options.ignore_index).sum(dim=1).clamp(min=1)
             loss, row_weights = loss / count, row_weights / count.unsqueeze(1)
         return (loss, kl, coefficients.view(5, *labels.shape), row_weights), (0, 0, 1, 0)
+
+
+class _OrdinaryOverTone(_OverTone):
+    """The same outside of torch.func: in each call of a Function with a setup_context torch inspects its signature.
+
+    That takes as long as the loss of eight tokens.
+    """
+
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = _OverTone.forward(*inputs)
+        _OverTone.setup_context(ctx, inputs, output)
+        return output
 
 
 class _Gradient(torch.autograd.Function):

@@ -70,14 +70,19 @@ class TestTokenStates:
         assert states.log_prob.isnan().all()
         assert not (states.settled | states.mixed | states.correct).any()
 
-    def test_with_a_holding_config_under_a_process_group(self, tmp_path):
+    def test_with_a_holding_config_on_several_ranks(self, monkeypatch):
         """Looking at tokens holds nothing, so a config that holds is no error where a hold would be."""
-        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-        try:
-            states = token_states(LOGITS, LABELS, OverToneConfig(hold_settled=True))
-        finally:
-            torch.distributed.destroy_process_group()
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        states = token_states(LOGITS, LABELS, OverToneConfig(hold="settled"))
         assert torch.equal(states.kl, token_states(LOGITS, LABELS).kl)
+
+    def test_a_hold_that_waits_for_first_choices_settles_no_other(self):
+        """As in the loss: below epsilon and behind another token is not settled."""
+        config = OverToneConfig(epsilon=99.0, hold="correct")
+        states = token_states(LOGITS, LABELS, config)
+        assert torch.equal(states.settled, states.correct)
+        assert 0 < states.settled.sum() < states.counted.sum()
 
     def test_empty(self):
         """No tokens give empty fields."""

@@ -1,6 +1,7 @@
 """Held steps on real models with real optimisers: no gradient, so no weight moves."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from overtone import OverToneLoss, linear_overtone_loss, overtone_loss
+from overtone import OverToneConfig, OverToneLoss, linear_overtone_loss, overtone_loss
 from overtone.functional import reference_loss
 
 OPTIMISERS = {
@@ -71,18 +72,18 @@ class TestHeldStep:
         """Once every token is settled no optimiser moves a bit; a new label moves the weights again."""
         model = build()
         optimiser = OPTIMISERS[name]([p for p in model.parameters() if p.requires_grad])
-        assert train_until_held(model, optimiser, hold_settled=True) > 1
+        assert train_until_held(model, optimiser, hold="settled") > 1
         before = weights(model)
         for _ in range(3):
             optimiser.zero_grad()
-            model_loss(model, hold_settled=True).backward()
+            model_loss(model, hold="settled").backward()
             optimiser.step()
         assert equal(before, weights(model))
 
         new_labels = LABELS.clone()
         new_labels[0, -1] = 30
         optimiser.zero_grad()
-        model_loss(model, labels=new_labels, hold_settled=True).backward()
+        model_loss(model, labels=new_labels, hold="settled").backward()
         optimiser.step()
         assert not equal(before, weights(model))
 
@@ -90,7 +91,7 @@ class TestHeldStep:
         """The reason for it: on exact zeros Adam's momentum moves the weights on."""
         model = tiny_llama()
         optimiser = OPTIMISERS["Adam"](model.parameters())
-        train_until_held(model, optimiser, hold_settled=True)
+        train_until_held(model, optimiser, hold="settled")
         before = weights(model)
         optimiser.zero_grad()
         model_loss(model).backward()
@@ -105,7 +106,7 @@ class TestHeldStep:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
         optimiser = OPTIMISERS["AdamW"](model.parameters())
-        train_until_held(model, optimiser, hold_settled=True)
+        train_until_held(model, optimiser, hold="settled")
         before = weights(model)
         optimiser.step()
         assert equal(before, weights(model))
@@ -115,7 +116,7 @@ class TestHeldStep:
         head = torch.nn.Linear(4, 3)
         inputs = torch.randn(2, 4, requires_grad=True)
         logits = checkpoint(head, inputs, use_reentrant=True)
-        overtone_loss(logits, logits.argmax(dim=1), epsilon=50.0, hold_settled=True).backward()
+        overtone_loss(logits, logits.argmax(dim=1), epsilon=50.0, hold="settled").backward()
         assert head.weight.grad is None
         assert inputs.grad is None
 
@@ -123,16 +124,16 @@ class TestHeldStep:
         """A compiled model in front of the loss keeps the hold."""
         model = tiny_llama()
         optimiser = OPTIMISERS["Adam"](model.parameters())
-        train_until_held(model, optimiser, hold_settled=True)
+        train_until_held(model, optimiser, hold="settled")
         compiled = torch.compile(model, backend="aot_eager")
         optimiser.zero_grad()
-        model_loss(compiled, hold_settled=True).backward()
+        model_loss(compiled, hold="settled").backward()
         assert all(parameter.grad is None for parameter in model.parameters())
 
     def test_another_loss_beside_it_still_counts(self):
         """Only this loss lets go: a regulariser added to it still sends its gradient."""
         logits = torch.zeros(2, 3, requires_grad=True)
-        held = overtone_loss(logits, torch.tensor([0, 1]), epsilon=9.0, hold_settled=True)
+        held = overtone_loss(logits, torch.tensor([0, 1]), epsilon=9.0, hold="settled")
         (held + logits.sum()).backward()
         assert torch.equal(logits.grad, torch.ones(2, 3))
 
@@ -145,7 +146,7 @@ class TestDecision:
 
     @pytest.mark.parametrize("loss", [overtone_loss, reference_loss])
     @pytest.mark.parametrize(
-        ("epsilon", "hold_settled", "held"),
+        ("epsilon", "hold", "held"),
         [
             (0.05, False, False),
             (0.05, True, False),
@@ -158,11 +159,11 @@ class TestDecision:
         ],
     )
     @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-    def test_whole_call(self, loss, epsilon, hold_settled, held, reduction):
+    def test_whole_call(self, loss, epsilon, hold, held, reduction):
         """True waits for every counted token, a number for their mean KL; the value is the same either way."""
         logits = self.logits.clone().requires_grad_()
         arguments = {"epsilon": epsilon, "reduction": reduction}
-        value = loss(logits, self.labels, hold_settled=hold_settled, **arguments)
+        value = loss(logits, self.labels, hold=hold, **arguments)
         value.sum().backward()
         assert (logits.grad is None) is held
         assert torch.equal(value, loss(self.logits, self.labels, **arguments))
@@ -175,7 +176,7 @@ class TestDecision:
             epsilon = overtone_loss(logits.detach(), torch.tensor([3]), epsilon=0.0).item()
             for reduction in ("none", "mean"):
                 logits.grad = None
-                loss = overtone_loss(logits, torch.tensor([3]), epsilon=epsilon, hold_settled=True, reduction=reduction)
+                loss = overtone_loss(logits, torch.tensor([3]), epsilon=epsilon, hold="settled", reduction=reduction)
                 loss.sum().backward()
                 assert logits.grad is not None
                 assert logits.grad.any()
@@ -183,21 +184,21 @@ class TestDecision:
     def test_no_counted_token_needs_nothing(self):
         """A micro-batch without labels is held: zeros from it would move Adam."""
         logits = torch.zeros(2, 3, requires_grad=True)
-        loss = overtone_loss(logits, torch.tensor([-100, -100]), hold_settled=True)
+        loss = overtone_loss(logits, torch.tensor([-100, -100]), hold="settled")
         loss.backward()
         assert loss == 0
         assert logits.grad is None
 
     def test_nan_is_never_settled(self):
         """A broken model is not declared finished."""
-        for hold_settled in (True, 0.5):
+        for hold in (True, 0.5):
             logits = torch.tensor([[math.nan, 0.0]], requires_grad=True)
-            overtone_loss(logits, torch.tensor([0]), hold_settled=hold_settled).backward()
+            overtone_loss(logits, torch.tensor([0]), hold=hold).backward()
             assert logits.grad is not None
 
     def test_without_grad(self):
         """Evaluation with a held loss has no graph to cut and stays without one."""
-        assert not overtone_loss(self.logits, self.labels, epsilon=9.0, hold_settled=True).requires_grad
+        assert not overtone_loss(self.logits, self.labels, epsilon=9.0, hold="settled").requires_grad
 
 
 @pytest.fixture
@@ -209,11 +210,19 @@ def process_group(tmp_path):
 
 @pytest.mark.usefixtures("process_group")
 class TestDistributed:
-    @pytest.mark.parametrize("hold_settled", [True, 0.1])
-    def test_hold_is_refused(self, hold_settled):
+    @pytest.mark.parametrize("hold", ["settled", 0.1])
+    def test_hold_is_refused_on_several_ranks(self, hold, monkeypatch):
         """DDP and FSDP wait for every gradient, so a hold is an error there and not a hang."""
-        with pytest.raises(ValueError, match=r"hold_settled=.*pass hold_settled=False"):
-            overtone_loss(torch.zeros(1, 3), torch.tensor([0]), hold_settled=hold_settled)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        for loss in (overtone_loss, reference_loss):
+            with pytest.raises(ValueError, match=rf"hold={hold!r} cannot be used on 2 ranks.*pass hold=None"):
+                loss(torch.zeros(1, 3), torch.tensor([0]), hold=hold)
+
+    def test_one_rank_waits_for_nobody(self):
+        """A world of one, as launchers make it on one device, holds."""
+        logits = torch.zeros(1, 3, requires_grad=True)
+        overtone_loss(logits, torch.tensor([0]), epsilon=9.0, hold="settled").backward()
+        assert logits.grad is None
 
     def test_ddp_without_hold_gets_every_gradient(self):
         """Settled tokens send zeros, which DDP reduces as usual."""
@@ -224,42 +233,50 @@ class TestDistributed:
         assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-class TestHoldCorrect:
+class TestFirstChoices:
     """A hold that waits until greedy decoding says the labels."""
 
     LOGITS = torch.tensor([[2.0, 2.1, -9.0], [6.0, -9.0, -9.0]])
     """Both rows are close to the label 0; in the first another token is a little ahead."""
 
-    @pytest.mark.parametrize("hold_settled", [True, 5.0])
+    @pytest.mark.parametrize("hold", ["settled", 5.0])
     @pytest.mark.parametrize("variant", ["overtone", "reference", "linear"])
-    def test_waits_for_every_token(self, variant, hold_settled):
-        """A step in which each hold would hold goes on while one label is second; without the option it is held."""
+    def test_waits_for_every_token(self, variant, hold):
+        """A step in which each hold would hold goes on while one label is second; without the word it is held."""
         for winner, is_free in ((2.1, True), (1.9, False)):
             logits = self.LOGITS.clone()
             logits[0, 1] = winner
-            for hold_correct in (True, False):
-                settings = {"epsilon": 5.0, "hold_settled": hold_settled, "hold_correct": hold_correct}
+            for own, waits in ((("correct", hold), True), (hold, False)):
                 leaf = logits.clone().requires_grad_()
                 labels = torch.tensor([0, 0])
                 if variant == "linear":
-                    loss = linear_overtone_loss(leaf, torch.eye(3), labels, chunk_size=1, **settings)
+                    loss = linear_overtone_loss(leaf, torch.eye(3), labels, chunk_size=1, epsilon=5.0, hold=own)
                 else:
-                    loss = {"overtone": overtone_loss, "reference": reference_loss}[variant](leaf, labels, **settings)
+                    function = {"overtone": overtone_loss, "reference": reference_loss}[variant]
+                    loss = function(leaf, labels, epsilon=5.0, hold=own)
                 loss.backward()
-                assert (leaf.grad is not None) == (is_free and hold_correct)
+                assert (leaf.grad is not None) == (is_free and waits)
 
-    def test_first_choices_alone(self):
-        """At hold_settled=inf no distance counts, only whether every label is the first choice."""
+    def test_alone(self):
+        """No distance counts, only whether every label is the first choice."""
         for winner, is_held in ((2.1, False), (1.9, True)):
             leaf = torch.tensor([[2.0, winner, 0.0]], requires_grad=True)
-            settings = {"epsilon": 0.0, "hold_settled": float("inf"), "hold_correct": True}
-            overtone_loss(leaf, torch.tensor([0]), **settings).backward()
+            overtone_loss(leaf, torch.tensor([0]), epsilon=0.0, hold="correct").backward()
+            assert (leaf.grad is None) == is_held
+
+    def test_several_conditions_must_all_be_true(self):
+        """Settled and a mean of 0.01, say; each alone would hold."""
+        logits = torch.tensor([[2.0, 1.0, 0.0]])
+        kl = overtone_loss(logits, torch.tensor([0]), epsilon=0.0).item()
+        for mean, is_held in ((kl / 2, False), (kl * 2, True)):
+            leaf = logits.clone().requires_grad_()
+            overtone_loss(leaf, torch.tensor([0]), epsilon=9.0, hold=("settled", mean)).backward()
             assert (leaf.grad is None) == is_held
 
     def test_ignored_tokens_are_not_waited_for(self):
         """What is no label need not be right."""
         leaf = self.LOGITS.clone().requires_grad_()
-        overtone_loss(leaf, torch.tensor([-100, 0]), epsilon=5.0, hold_settled=True, hold_correct=True).backward()
+        overtone_loss(leaf, torch.tensor([-100, 0]), epsilon=5.0, hold=("settled", "correct")).backward()
         assert leaf.grad is None
 
     @pytest.mark.parametrize("name", OPTIMISERS)
@@ -269,27 +286,88 @@ class TestHoldCorrect:
         optimiser = OPTIMISERS[name]([logits])
         for _ in range(200):
             optimiser.zero_grad()
-            overtone_loss(logits, torch.tensor([0, 0]), epsilon=5.0, hold_settled=True, hold_correct=True).backward()
+            overtone_loss(logits, torch.tensor([0, 0]), epsilon=5.0, hold=("settled", "correct")).backward()
             optimiser.step()
         assert logits.grad is None
         assert logits[0].argmax() == 0
 
     @pytest.mark.parametrize("loss", [overtone_loss, reference_loss])
     def test_clips_only_what_is_correct(self, loss):
-        """Without a hold it says which tokens are let go; a tie is not a win."""
+        """The word says too which tokens are let go, held or not; a tie is not a win."""
         logits = torch.cat([self.LOGITS, torch.tensor([[2.0, 2.0, -9.0]])]).requires_grad_()
-        settings = {"epsilon": 5.0, "reduction": "none"}
-        values = loss(logits, torch.tensor([0, 0, 0]), hold_correct=True, **settings)
+        settings, labels = {"epsilon": 5.0, "hold": "correct"}, torch.tensor([0, 0, 0])
+        values = loss(logits, labels, reduction="none", **settings)
         values.sum().backward()
-        unclipped = loss(logits.detach(), torch.tensor([0, 0, 0]), **{**settings, "epsilon": 0.0})
+        unclipped = loss(logits.detach(), labels, epsilon=0.0, reduction="none")
         torch.testing.assert_close(values.detach(), torch.stack([unclipped[0], torch.tensor(5.0), unclipped[2]]))
         assert logits.grad.any(dim=1).tolist() == [True, False, True]
         leaf = logits.detach().clone().requires_grad_()
-        total = loss(leaf, torch.tensor([0, 0, 0]), hold_correct=True, epsilon=5.0, reduction="sum")
+        total = loss(leaf, labels, reduction="sum", **settings)
         total.backward()
         torch.testing.assert_close(total.detach(), values.detach().sum())
         torch.testing.assert_close(leaf.grad, logits.grad)
 
-    def test_must_be_a_bool(self):
-        with pytest.raises(TypeError, match="hold_correct must be True or False, got 1"):
-            overtone_loss(self.LOGITS, torch.tensor([0, 0]), hold_correct=1)
+
+class TestOldNames:
+    """hold_settled and hold_correct, with a DeprecationWarning."""
+
+    VALUES = [  # noqa: RUF012
+        ({"hold_settled": False}, None),
+        ({"hold_settled": True}, "settled"),
+        ({"hold_settled": 0.2}, 0.2),
+        ({"hold_settled": 0.2, "hold_correct": True}, ("correct", 0.2)),
+        ({"hold_settled": True, "hold_correct": True}, ("correct", "settled")),
+        ({"hold_settled": math.inf, "hold_correct": True}, "correct"),
+        ({"hold_settled": False, "hold_correct": False}, None),
+    ]
+
+    @pytest.mark.parametrize(("old", "hold"), VALUES)
+    def test_of_a_config(self, old, hold):
+        with pytest.warns(DeprecationWarning, match=r"is now called hold="):
+            config = OverToneConfig(**old)
+        assert config == OverToneConfig(hold=hold)
+        with pytest.warns(DeprecationWarning, match="is now a part of hold"):
+            read = {"hold_settled": config.hold_settled, "hold_correct": config.hold_correct}
+        assert read == {"hold_settled": False, "hold_correct": False, **old}
+
+    @pytest.mark.parametrize(
+        ("old", "hold"),
+        [({"hold_settled": 0.1}, ("correct", 0.1)), ({"hold_settled": False}, None), ({"hold_correct": False}, 0.2)],
+    )
+    def test_of_a_preset_they_change_their_part(self, old, hold):
+        for make in (
+            OverToneConfig.recommended,
+            lambda method, **old: dataclasses.replace(OverToneConfig.recommended(method), **old),
+        ):
+            with pytest.warns(DeprecationWarning, match="is now called hold="):
+                assert make("ft-m", **old).hold == hold
+
+    def test_of_the_losses(self):
+        logits, labels = torch.tensor([[9.0, 0.0]]), torch.tensor([0])
+        for loss in (
+            overtone_loss,
+            reference_loss,
+            lambda s, y, **old: linear_overtone_loss(s, torch.eye(2), y, **old),
+        ):
+            leaf = logits.clone().requires_grad_()
+            with pytest.warns(DeprecationWarning, match="hold_settled=True is now called hold='settled'"):
+                loss(leaf, labels, hold_settled=True).backward()
+            assert leaf.grad is None
+
+    def test_a_wait_for_first_choices_without_a_hold_says_that_it_does_nothing(self):
+        with pytest.warns(UserWarning, match="hold_correct=True does nothing without a hold"):
+            overtone_loss(torch.zeros(1, 3), torch.tensor([0]), hold_correct=True)
+
+    @pytest.mark.parametrize(
+        ("old", "error", "message"),
+        [
+            ({"hold_settled": -1.0}, ValueError, "hold_settled must be .* got -1.0"),
+            ({"hold_settled": math.inf}, ValueError, "hold_settled must be .* got inf"),
+            ({"hold_settled": math.nan, "hold_correct": True}, ValueError, "hold_settled must be .* got nan"),
+            ({"hold_settled": None}, TypeError, "hold_settled must be .* of type NoneType"),
+            ({"hold_correct": 1}, TypeError, "hold_correct must be True or False, got 1"),
+        ],
+    )
+    def test_bad_values(self, old, error, message):
+        with pytest.raises(error, match=message):
+            overtone_loss(torch.zeros(1, 3), torch.tensor([0]), **old)

@@ -21,7 +21,6 @@ from transformers import (
     LlamaForCausalLM,
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import CausalLMOutput
 
 import overtone
 from overtone import OverToneConfig
@@ -317,13 +316,6 @@ class TestBypass:
             model.forward = own_loss
             with pytest.raises(RuntimeError, match=r"bypassed by a forward that does not call self.loss_function"):
                 model(**batch)
-
-    def test_replicas_in_threads_are_not_watched(self, model, batch):
-        """DataParallel's replicas share the note of a call, which could be another replica's."""
-        with attach(model):
-            replica = model._replicate_for_data_parallel()
-            replica.forward = lambda **inputs: CausalLMOutput(loss=torch.ones(()))
-            assert replica(**batch).loss == 1
 
     def test_a_loss_that_raises_does_not_vouch_for_the_next_step(self, model, batch):
         """The call that failed is forgotten, so that a bypass right after it is still seen."""

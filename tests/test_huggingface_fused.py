@@ -146,9 +146,7 @@ class TestLoss:
 
     def test_hold(self, model, batch):
         """A held step leaves no gradient at all."""
-        _, gradients = loss_and_gradients(
-            model, batch, config=OverToneConfig(epsilon=50, hold_settled=True), fused=True
-        )
+        _, gradients = loss_and_gradients(model, batch, config=OverToneConfig(epsilon=50, hold="settled"), fused=True)
         assert not gradients
 
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -12,7 +12,7 @@ from overtone import OverToneConfig
 from overtone.functional import reference_loss
 from overtone.huggingface import attach
 
-HELD = OverToneConfig(epsilon=50.0, hold_settled=True)
+HELD = OverToneConfig(epsilon=50.0, hold="settled")
 
 architectures = pytest.mark.parametrize("arch", tiny_models.ARCHITECTURES)
 

@@ -12,8 +12,8 @@ import tiny_models
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from tiny_trainer import Gradients, arguments, gradients_of, rows, trained_gradients, word_tokenizer
+from transformers import Trainer, TrainerCallback
 
 from overtone import OverToneConfig, token_states
 from overtone.functional import reference_loss
@@ -22,60 +22,13 @@ from overtone.huggingface import TokenStatesCallback, attach, causal_lm_loss, co
 trl = pytest.importorskip("trl", reason="TRL is not in EasyEdit's environment, where other tests are collected")
 SFTConfig, SFTTrainer = trl.SFTConfig, trl.SFTTrainer
 
-HELD = OverToneConfig(epsilon=50.0, hold_settled=True)
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of the first optimiser step, before clipping would change them."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, torch.Tensor | None] = {}
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                self.values[name] = None if parameter.grad is None else parameter.grad.clone()
-
-
-def arguments(folder: Path, **changes: Any) -> TrainingArguments:
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 1,
-        "max_steps": 1,
-        "learning_rate": 0.05,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "train_sampling_strategy": "sequential",
-    }
-    known = TrainingArguments.__dataclass_fields__
-    return TrainingArguments(**{name: value for name, value in {**settings, **changes}.items() if name in known})
-
-
-def rows(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    return [{name: values[row] for name, values in batch.items()} for row in range(len(batch["labels"]))]
+HELD = OverToneConfig(epsilon=50.0, hold="settled")
 
 
 def batch_with_an_ignored_row(model: Any) -> dict[str, torch.Tensor]:
     batch = tiny_models.ragged_batch(model, lengths=(9, 5, 7, 3))
     batch["labels"][1] = -100
     return batch
-
-
-def gradients_of(loss: torch.Tensor, model: Any) -> dict[str, torch.Tensor]:
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
-
-
-def trained_gradients(model: Any, args: TrainingArguments, batch: dict[str, torch.Tensor], **given: Any) -> Any:
-    recorder = Gradients()
-    trainer = Trainer(model=model, args=args, train_dataset=rows(batch), callbacks=[recorder], **given)
-    trainer.train()
-    return recorder.values
 
 
 class TestAccumulation:
@@ -149,15 +102,6 @@ class TestAccumulation:
         args = arguments(tmp_path, max_steps=1, weight_decay=0.1)
         trained_gradients(model, args, tiny_models.ragged_batch(model), compute_loss_func=compute_loss_func(config))
         assert not torch.equal(model.lm_head.weight, before)
-
-    def test_evaluation_uses_the_loss(self, tmp_path):
-        """eval_loss is the attached loss, on the whole evaluation set."""
-        model = tiny_models.build()
-        batch = tiny_models.ragged_batch(model)
-        with attach(model, OverToneConfig(epsilon=50.0)):
-            args = arguments(tmp_path, per_device_eval_batch_size=3)
-            metrics = Trainer(model=model, args=args, eval_dataset=rows(batch)).evaluate()
-        assert metrics["eval_loss"] == pytest.approx(50)
 
 
 class Recorder(TrainerCallback):
@@ -246,10 +190,10 @@ class TestTokenStatesCallback:
         logged = trainer.state.log_history[0]
         assert logged["accuracy"] == pytest.approx((states.correct.sum() / states.counted.sum()).item())
 
-    @pytest.mark.parametrize(("hold_settled", "epsilon"), [(False, 50.0), (True, 50.0), (100.0, 1e-6)])
-    def test_stops_when_the_batch_has_been_held(self, hold_settled, epsilon, tmp_path):
+    @pytest.mark.parametrize(("hold", "epsilon"), [(None, 50.0), ("settled", 50.0), (100.0, 1e-6)])
+    def test_stops_when_the_batch_has_been_held(self, hold, epsilon, tmp_path):
         """After the given number of held steps in a row, with or without the hold in the loss itself."""
-        config = OverToneConfig(epsilon=epsilon, hold_settled=hold_settled)
+        config = OverToneConfig(epsilon=epsilon, hold=hold)
         model = tiny_models.build()
         batch = tiny_models.ragged_batch(model)
         callback = TokenStatesCallback(config, stop_after_held=3)
@@ -264,12 +208,12 @@ class TestTokenStatesCallback:
         assert trainer.state.global_step == 3
 
     @pytest.mark.parametrize(
-        ("hold_settled", "epsilon", "hold_correct"),
-        [(True, 1e-6, False), (1e-6, 50.0, False), (100.0, 50.0, True), (float("inf"), 0.0, True)],
+        ("hold", "epsilon"),
+        [("settled", 1e-6), (1e-6, 50.0), (("correct", 100.0), 50.0), ("correct", 0.0)],
     )
-    def test_does_not_stop_while_there_is_something_to_learn(self, hold_settled, epsilon, hold_correct, tmp_path):
+    def test_does_not_stop_while_there_is_something_to_learn(self, hold, epsilon, tmp_path):
         """One token that is not settled is enough, a mean KL above the number, or a token that is not said yet."""
-        config = OverToneConfig(epsilon=epsilon, hold_settled=hold_settled, hold_correct=hold_correct)
+        config = OverToneConfig(epsilon=epsilon, hold=hold)
         model = tiny_models.build()
         callback = TokenStatesCallback(config, stop_after_held=1)
         compute = compute_loss_func(config, observer=callback.observe)
@@ -284,10 +228,10 @@ class TestTokenStatesCallback:
         trainer.train()
         assert trainer.state.global_step == 4
 
-    @pytest.mark.parametrize(("hold_settled", "epsilon"), [(True, 0.1), (0.3, 0.1)])
-    def test_a_step_is_held_when_each_micro_batch_is(self, hold_settled, epsilon):
+    @pytest.mark.parametrize(("hold", "epsilon"), [("settled", 0.1), (0.3, 0.1)])
+    def test_a_step_is_held_when_each_micro_batch_is(self, hold, epsilon):
         """As the loss decides: one micro-batch that sends a gradient is enough, though the step's mean KL is small."""
-        config = OverToneConfig(epsilon=epsilon, hold_settled=hold_settled)
+        config = OverToneConfig(epsilon=epsilon, hold=hold)
         callback = TokenStatesCallback(config, stop_after_held=1)
         control = types.SimpleNamespace(should_training_stop=False)
         labels = torch.ones(1, 8, dtype=torch.long)
@@ -336,8 +280,8 @@ class TestTokenStatesCallback:
             scaler.scale(model(**tiny_models.ragged_batch(model)).loss).backward()
         with pytest.raises(AssertionError, match="No inf checks were recorded"):
             scaler.step(optimizer)
-        callback, fp16 = TokenStatesCallback(HELD), types.SimpleNamespace(fp16=True)
-        with pytest.raises(ValueError, match="hold_settled=True cannot be used with fp16=True"):
+        callback, fp16 = TokenStatesCallback(HELD), types.SimpleNamespace(fp16=True, device=torch.device("cuda"))
+        with pytest.raises(ValueError, match="hold='settled' cannot be used with fp16=True"):
             callback.on_train_begin(fp16, None, None)
         TokenStatesCallback().on_train_begin(fp16, None, None)
 
@@ -348,15 +292,6 @@ class TestTokenStatesCallback:
         """By name."""
         with pytest.raises(error, match="stop_after_held"):
             TokenStatesCallback(stop_after_held=value)
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<eos>": 2, "<unk>": 1, **{f"w{index}": index for index in range(3, tiny_models.VOCABULARY)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 class TestSFTTrainer:
@@ -468,8 +403,7 @@ class TestLossMaskInTraining:
         batch = tiny_models.ragged_batch(model)
         mask = (torch.rand(batch["labels"].shape, generator=torch.Generator().manual_seed(0)) > 0.4).float()
         outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        items = batch["labels"][:, 1:].ne(-100).sum()
-        loss = causal_lm_loss(outputs.logits, batch["labels"], loss_mask=mask, num_items_in_batch=items)
+        loss = causal_lm_loss(outputs.logits, batch["labels"], loss_mask=mask)
         expected = gradients_of(loss, model)
         with attach(model):
             args = arguments(tmp_path, gradient_accumulation_steps=3, remove_unused_columns=False)

@@ -28,6 +28,22 @@ except SystemExit as exit:
         assert result.returncode == 0, result.stderr
         assert "demo" in result.stdout
 
+    def test_import_loads_no_compiler(self):
+        """Neither it nor a training step of the losses loads torch's compiler and its algebra, which takes a second."""
+        code = """
+import sys, torch
+before = set(sys.modules)
+import overtone
+loaded = set(sys.modules) - before
+logits = torch.zeros(2, 3, requires_grad=True)
+overtone.overtone_loss(logits, torch.tensor([0, 1]), hold="settled").backward()
+overtone.linear_overtone_loss(logits, torch.eye(3), torch.tensor([0, 1])).backward()
+heavy = [name for name in sys.modules if name.partition(".")[0] in ("sympy", "mpmath", "cProfile")]
+print(heavy, [name for name in loaded if not name.startswith("overtone")])
+"""
+        result = run(code)
+        assert result.stdout.strip() == "[] []", result.stdout + result.stderr
+
     def test_import_pulls_in_nothing_optional(self):
         """import overtone loads none of the packages that its adapters use."""
         result = run(f"import sys, torch, overtone; print([name for name in {HIDDEN!r} if name in sys.modules])")

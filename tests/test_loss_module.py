@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 import pickle
 
 import pytest
@@ -26,8 +25,23 @@ class TestConfig:
 
     def test_preset_with_changes(self):
         """Any value of a preset can be set otherwise."""
-        changed = OverToneConfig.preset("wise", lam=0.3, hold_settled=True)
-        assert changed == OverToneConfig(epsilon=0.05, n_sigma=1.0, lam=0.3, hold_settled=True)
+        changed = OverToneConfig.preset("wise", lam=0.3, hold="settled")
+        assert changed == OverToneConfig(epsilon=0.05, n_sigma=1.0, lam=0.3, hold="settled")
+
+    @pytest.mark.parametrize(
+        ("hold", "value"),
+        [
+            (False, None),
+            (True, "settled"),
+            (["correct"], "correct"),
+            ((0.2, "correct"), ("correct", 0.2)),
+            (["settled", 1, "correct"], ("correct", "settled", 1.0)),
+        ],
+    )
+    def test_a_hold_is_written_in_one_way(self, hold, value):
+        """So that equal settings are equal."""
+        assert OverToneConfig(hold=hold).hold == value
+        assert OverToneConfig(hold=hold) == OverToneConfig(hold=value)
 
     def test_unknown_preset(self):
         """The message lists the known ones."""
@@ -38,19 +52,17 @@ class TestConfig:
     def test_recommended_settings(self, method, n_sigma):
         """Half the true token in every target, until each label is the first choice; the filter is the paper's."""
         assert OverToneConfig.recommended(method) == OverToneConfig(
-            epsilon=0, n_sigma=n_sigma, lam=0.5, check=False, hold_settled=math.inf, hold_correct=True
+            epsilon=0, n_sigma=n_sigma, lam=0.5, check=False, hold="correct"
         )
 
     def test_recommended_settings_of_ft_m(self):
         """Nearer to the paper's: the clip and the check stay."""
-        assert OverToneConfig.recommended("ft-m") == OverToneConfig.preset(
-            "ft-m", lam=0.5, hold_settled=0.2, hold_correct=True
-        )
+        assert OverToneConfig.recommended("ft-m") == OverToneConfig.preset("ft-m", lam=0.5, hold=("correct", 0.2))
 
     @pytest.mark.parametrize("method", RECOMMENDED)
     def test_recommended_settings_can_be_changed(self, method):
         """They wait for first choices, unlike the paper's."""
-        assert OverToneConfig.recommended(method).hold_correct
+        assert "correct" in OverToneConfig.recommended(method).hold
         assert OverToneConfig.recommended(method, epsilon=0.3).epsilon == 0.3
 
     def test_nothing_is_recommended_for_an_unknown_method(self):
@@ -68,9 +80,10 @@ class TestConfig:
             ({"epsilon": -1}, ValueError),
             ({"n_sigma": 0}, ValueError),
             ({"lam": 2}, ValueError),
-            ({"hold_settled": -0.5}, ValueError),
-            ({"hold_settled": float("inf")}, ValueError),
-            ({"hold_settled": float("nan"), "hold_correct": True}, ValueError),
+            ({"hold": -0.5}, ValueError),
+            ({"hold": float("inf")}, ValueError),
+            ({"hold": ("correct", float("nan"))}, ValueError),
+            ({"hold": "sometimes"}, ValueError),
             ({"epsilon": "0.1"}, TypeError),
             ({"check": 1}, TypeError),
         ],
@@ -107,15 +120,15 @@ class TestModule:
         assert torch.equal(OverToneLoss()(LOGITS, LABELS, other), expected)
 
     def test_hold(self):
-        """hold_settled of the config reaches the graph."""
+        """That of the config reaches the graph."""
         logits = LOGITS.clone().requires_grad_()
-        OverToneLoss(OverToneConfig(epsilon=99.0, hold_settled=True))(logits, LABELS).backward()
+        OverToneLoss(OverToneConfig(epsilon=99.0, hold="settled"))(logits, LABELS).backward()
         assert logits.grad is None
 
     def test_repr(self):
         """A log line of the module says everything about it."""
         assert repr(OverToneLoss()) == (
-            "OverToneLoss(epsilon=0.05, n_sigma=0.5, lam=0.1, check=True, hold_settled=False, hold_correct=False, "
+            "OverToneLoss(epsilon=0.05, n_sigma=0.5, lam=0.1, check=True, hold=None, "
             "ignore_index=-100, reduction='mean')"
         )
 

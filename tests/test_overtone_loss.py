@@ -1,5 +1,6 @@
-"""The closed form against the literal reference, against torch, and at every edge."""
+"""The public function: its theory, its derivatives, what it refuses, and which logits it takes."""
 
+import importlib
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,118 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradients import value_and_gradient
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from kernel_cases import FLOATS, SETTINGS, draw_tokens
 from torch.autograd import forward_ad
 
-from overtone import compiled, overtone_loss, rows
-from overtone.functional import finite_std, reference_loss
-from overtone.settings import TargetSettings
+from overtone import kernels, linear_overtone_loss, overtone_loss
+from overtone.functional import reference_loss
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def draw_tokens(rows, vocabulary, seed=0, spread=3.0, dtype=torch.float64):
-    """Logits (rows, vocabulary) and labels of which the first third is well predicted."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64) * spread
-    labels = torch.randint(vocabulary, (rows,), generator=generator)
-    confident = range(0, rows, 3)
-    logits[confident, labels[::3]] += 4 * spread
-    return logits.to(dtype), labels
-
-
-@st.composite
-def problems(draw):
-    """Logits with ties, banned tokens and ignored rows, and any setting of the loss."""
-    rows, vocabulary = draw(st.integers(0, 6)), draw(st.integers(1, 9))
-    palette = st.one_of(st.integers(-3, 3).map(float), st.floats(-20, 20), st.just(-math.inf))
-    values = draw(st.lists(palette, min_size=rows * vocabulary, max_size=rows * vocabulary))
-    logits = torch.tensor(values, dtype=torch.float64).reshape(rows, vocabulary)
-    label = st.one_of(st.integers(0, vocabulary - 1), st.just(-100))
-    labels = torch.tensor(draw(st.lists(label, min_size=rows, max_size=rows)), dtype=torch.long)
-    assume(logits.isfinite().any(dim=1).all())
-    counted = labels != -100
-    assume(logits[counted, labels[counted]].isfinite().all())
-    share = st.one_of(st.sampled_from([0.0, 1e-18, 0.1, 0.5, 1.0]), st.floats(0, 1))
-    arguments = {
-        "epsilon": draw(st.one_of(st.just(0.0), st.floats(0, 2))),
-        "n_sigma": draw(st.one_of(st.none(), st.floats(0.01, 4))),
-        "lam": draw(share),
-        "check": draw(st.booleans()),
-        "reduction": draw(st.sampled_from(["none", "mean", "sum"])),
-    }
-    return logits, labels, arguments
-
-
-def margin_to_a_decision(logits, labels, arguments):
-    """How near the row comes to a filter border, a tie in the check or the clip, where rounding may decide."""
-    counted = labels != -100
-    s, y = logits[counted], labels[counted].unsqueeze(1)
-    margins = [math.inf]
-    top = s.amax(dim=1, keepdim=True)
-    kept = torch.ones_like(s, dtype=torch.bool)
-    if arguments["n_sigma"] is not None:
-        border = (s - (top - arguments["n_sigma"] * finite_std(s))).abs()
-        margins += border[(s < top) & s.isfinite()].tolist()
-        kept = (s > top - arguments["n_sigma"] * finite_std(s)) | (s == top)
-    filtered = s.masked_fill(~kept, -math.inf).softmax(dim=1)
-    lam = arguments["lam"]
-    candidate = (1 - lam) * filtered + lam * F.one_hot(y.squeeze(1), s.shape[1])
-    rival = candidate.scatter(1, y, -math.inf).amax(dim=1, keepdim=True)
-    lead = (candidate.gather(1, y) - rival).abs()
-    tied = s.gather(1, y) == s.scatter(1, y, -math.inf).amax(dim=1, keepdim=True)
-    margins += lead[~tied].tolist()
-    kl = reference_loss(logits, labels, **{**arguments, "epsilon": 0.0, "reduction": "none"})[counted]
-    margins += (kl - arguments["epsilon"]).abs()[kl > 0].tolist() if arguments["epsilon"] > 0 else []
-    return min(margins)
-
-
-def assert_equal_to_the_reference(logits, labels, arguments):
-    assume(margin_to_a_decision(logits, labels, arguments) > 1e-9)
-    expected, expected_gradient = value_and_gradient(reference_loss, logits, labels, **arguments)
-    value, gradient = value_and_gradient(overtone_loss, logits, labels, **arguments)
-    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-12)
-
-
-class TestAgainstTheReference:
-    @settings(max_examples=400, deadline=None)
-    @given(problems())
-    def test_equal_to_1e_12(self, problem):
-        """Value and gradient equal the literal transcription's wherever rounding does not decide a branch."""
-        assert_equal_to_the_reference(*problem)
-
-    @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 2), (7, 507), (40, 20011), (3, 600_000)])
-    def test_blocks(self, rows, vocabulary):
-        """Odd sizes, and rows that fill one block, many blocks, or more than a block each."""
-        logits, labels = draw_tokens(rows, vocabulary)
-        expected, expected_gradient = value_and_gradient(reference_loss, logits, labels, reduction="none")
-        value, gradient = value_and_gradient(overtone_loss, logits, labels, reduction="none")
-        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-12)
-
-    @pytest.mark.parametrize("dtype", FLOATS)
-    @pytest.mark.parametrize("ignored", [False, True])
-    def test_unedited_reference_logits(self, dtype, ignored):
-        """With another model's logits for the filtered distribution the two agree as well."""
-        logits, labels = draw_tokens(50, 30, dtype=dtype)
-        reference_logits, _ = draw_tokens(50, 30, seed=1, dtype=dtype)
-        if ignored:
-            labels[::4] = -100
-        arguments = {"reference_logits": reference_logits, "lam": 0.6}
-        expected, expected_gradient = value_and_gradient(reference_loss, logits, labels, **arguments)
-        value, gradient = value_and_gradient(overtone_loss, logits, labels, **arguments)
-        torch.testing.assert_close(value, expected)
-        torch.testing.assert_close(gradient, expected_gradient)
-
-    def test_own_logits_as_reference_change_nothing(self):
-        """A reference that equals the logits gives the closed form's own value and gradient."""
-        logits, labels = draw_tokens(60, 40)
-        value, gradient = value_and_gradient(overtone_loss, logits, labels)
-        other, other_gradient = value_and_gradient(overtone_loss, logits, labels, reference_logits=logits)
-        torch.testing.assert_close(value, other, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(gradient, other_gradient, rtol=0, atol=1e-12)
+UP_TO = kernels.CPU.gradient_with_fit_up_to
 
 
 class TestTheory:
@@ -157,212 +53,130 @@ class TestTheory:
         kl = overtone_loss(logits, labels, epsilon=0, n_sigma=1.0, lam=lam, check=False, reduction="none")
         torch.testing.assert_close(kl + entropy, truth_part + filtered_part)
 
-    def test_settled_tokens_are_let_go(self):
-        """A settled token's gradient is exactly zero and its value exactly epsilon; the others are as without clip."""
-        logits, labels = draw_tokens(60, 40)
-        value, gradient = value_and_gradient(overtone_loss, logits, labels, epsilon=0.05, reduction="none")
-        free_value, free_gradient = value_and_gradient(overtone_loss, logits, labels, epsilon=0, reduction="none")
-        settled = free_value < 0.05
-        assert 0 < settled.sum() < 60
-        assert (value[settled] == 0.05).all()
-        assert (gradient[settled] == 0).all()
-        assert torch.equal(value[~settled], free_value[~settled])
-        assert torch.equal(gradient[~settled], free_gradient[~settled])
 
-
-class TestPrecision:
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision_gradient_is_as_good_as_cross_entropy(self, dtype):
-        """The error against float64 is no larger than that of F.cross_entropy in the same precision, plus 1e-3."""
-        logits, labels = draw_tokens(200, 503, dtype=dtype)
-        exact = value_and_gradient(reference_loss, logits.double(), labels, reduction="sum")[1]
-        gradient = value_and_gradient(overtone_loss, logits, labels, reduction="sum")[1]
-        yardstick_exact = value_and_gradient(F.cross_entropy, logits.double(), labels, reduction="sum")[1]
-        yardstick = value_and_gradient(F.cross_entropy, logits, labels, reduction="sum")[1]
-        error = (gradient.double() - exact).abs().max()
-        assert gradient.dtype == dtype
-        assert error <= (yardstick.double() - yardstick_exact).abs().max() + 1e-3
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    @pytest.mark.parametrize("lam", [0.1, 1.0])
-    def test_confident_tokens_keep_their_gradient(self, dtype, lam):
-        """With p_y from 0.9 to 1 - 1e-6 the true token's gradient is within 1%; p - 1 in low precision loses it all."""
-        leads = torch.linspace(math.log(9), math.log(1e6), 40)
-        logits = torch.zeros(40, 1000).to(dtype)
-        logits[:, 0] = (leads + math.log(999)).to(dtype)
-        labels = torch.zeros(40, dtype=torch.long)
-        arguments = {"epsilon": 0.0, "lam": lam, "reduction": "sum"}
-        exact = value_and_gradient(reference_loss, logits.double(), labels, **arguments)[1][:, 0]
-        gradient = value_and_gradient(overtone_loss, logits, labels, **arguments)[1][:, 0].double()
-        assert ((gradient - exact).abs() <= 0.01 * exact.abs()).all()
-
-    @pytest.mark.parametrize(("dtype", "lead"), [(torch.float32, 20.0), (torch.float32, 60.0), (torch.float64, 40.0)])
-    def test_confident_tokens_keep_their_value(self, dtype, lead):
-        """With lam 1 the loss of p_y near 1 is -log p_y to 1e-6 of itself, not a rounding of 1."""
-        logits = torch.tensor([[lead, 0.0, 0.0]], dtype=dtype)
-        value = overtone_loss(logits, torch.tensor([0]), epsilon=0.0, lam=1.0)
-        assert value.item() == pytest.approx(math.log1p(2 * math.exp(-lead)), rel=1e-6, abs=0)
-
-    def test_never_below_zero(self):
-        """A KL whose terms cancel is rounded to 0 at the lowest."""
-        logits = torch.randn(500, 40, generator=torch.Generator().manual_seed(0)) * 0.01
-        values = overtone_loss(logits, logits.argmax(dim=1), epsilon=0.0, n_sigma=None, lam=0.0, reduction="none")
-        assert (values >= 0).all()
-
-    @pytest.mark.parametrize("dtype", FLOATS)
-    def test_dtypes(self, dtype):
-        """The loss comes back in float32, for float64 in float64; the gradient in the logits' own precision."""
-        logits, labels = draw_tokens(9, 11, dtype=dtype)
-        value, gradient = value_and_gradient(overtone_loss, logits, labels)
-        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert gradient.dtype == dtype
-        expected = reference_loss(logits.double(), labels)
-        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
-
-    def test_large_offset_does_not_matter(self):
-        """Logits far from zero give the same loss: the spread is measured around the mean."""
-        logits, labels = draw_tokens(30, 200, dtype=torch.float32)
-        shifted = logits + 1000
-        torch.testing.assert_close(overtone_loss(shifted, labels), reference_loss(shifted.double(), labels).float())
-
-
-class TestEdges:
-    def test_a_logit_on_the_border_is_dropped(self):
-        """At the top less n_sigma standard deviations, here 1 - 1 * 1 exactly, it is noise, as in Algorithm 1."""
-        logits, labels = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0])
-        arguments = {"n_sigma": 1.0, "epsilon": 0.0}
-        value, gradient = value_and_gradient(overtone_loss, logits, labels, **arguments)
-        expected, expected_gradient = value_and_gradient(reference_loss, logits, labels, **arguments)
-        torch.testing.assert_close(value, expected)
-        torch.testing.assert_close(gradient, expected_gradient)
-        assert gradient[0, 1] == pytest.approx(logits[0].softmax(dim=0)[1].item())
-
-    def test_minus_infinity_has_no_part(self):
-        """Padding the vocabulary with banned tokens changes neither the loss nor the other gradients."""
-        logits, labels = draw_tokens(30, 20)
-        padded = torch.cat([logits, torch.full((30, 5), -math.inf, dtype=logits.dtype)], dim=1)
-        value, gradient = value_and_gradient(overtone_loss, logits, labels)
-        padded_value, padded_gradient = value_and_gradient(overtone_loss, padded, labels)
-        torch.testing.assert_close(value, padded_value, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(padded_gradient[:, :20], gradient, rtol=0, atol=1e-12)
-        assert (padded_gradient[:, 20:] == 0).all()
-
-    def test_banned_label_is_infinitely_wrong(self):
-        """A true token at -inf costs infinity, as in F.cross_entropy."""
-        logits = torch.tensor([[0.0, -math.inf]])
-        assert overtone_loss(logits, torch.tensor([1])).item() == math.inf == F.cross_entropy(logits, torch.tensor([1]))
-
-    @pytest.mark.parametrize("loss", [overtone_loss, reference_loss])
-    @pytest.mark.parametrize("lam", [0.0, 0.1, 1.0])
-    @pytest.mark.parametrize("check", [True, False])
-    @pytest.mark.parametrize("of_reference", [True, False])
-    @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_nan_is_not_hidden(self, loss, lam, check, of_reference, value):
-        """A NaN or infinite logit, the model's or the unedited one's, makes its row's loss NaN and no other's."""
-        logits, labels = draw_tokens(3, 5)
-        broken = logits.clone()
-        broken[1, 2] = value
-        arguments = {"reference_logits": broken} if of_reference else {}
-        arguments.update(lam=lam, check=check, reduction="none")
-        values = loss(logits if of_reference else broken, labels, **arguments)
-        assert values.isnan().tolist() == [False, True, False]
-
-    def test_nothing_wanted_of_nan_is_zero(self):
-        """A loss that is multiplied by 0 asks for no gradient, of a NaN row either."""
-        logits, labels = draw_tokens(3, 5)
-        logits[1, 2] = math.nan
-        (overtone_loss(logits.requires_grad_(), labels) * 0).backward()
-        assert torch.equal(logits.grad, torch.zeros(3, 5, dtype=logits.dtype))
-
-    def test_ignored_nan_is_hidden(self):
-        """A NaN in a row that does not count reaches neither loss nor gradient."""
-        logits, labels = draw_tokens(3, 5)
-        logits[1, 2], labels[1] = math.nan, -100
-        value, gradient = value_and_gradient(overtone_loss, logits, labels)
-        assert value.isfinite()
-        assert gradient.isfinite().all()
-
-    @pytest.mark.parametrize("ignore_index", [-100, 3, -1])
-    def test_ignored_rows(self, ignore_index):
-        """Ignored rows have loss and gradient 0 and leave the mean over the others."""
-        logits, labels = draw_tokens(12, 9)
-        labels[labels == ignore_index] = 4
-        full = labels.clone()
-        labels[::3] = ignore_index
-        kept = labels != ignore_index
-        value, gradient = value_and_gradient(overtone_loss, logits, labels, ignore_index=ignore_index)
-        expected, expected_gradient = value_and_gradient(overtone_loss, logits[kept], full[kept])
-        torch.testing.assert_close(value, expected)
-        torch.testing.assert_close(gradient[kept], expected_gradient)
-        assert (gradient[~kept] == 0).all()
-        each = overtone_loss(logits, labels, ignore_index=ignore_index, reduction="none")
-        assert (each[~kept] == 0).all()
-
-    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-    @pytest.mark.parametrize("rows", [0, 4])
-    def test_nothing_counted_is_zero_with_a_graph(self, rows, reduction):
-        """No rows, or none that counts: 0 and not NaN, and backward works."""
-        logits = torch.randn(rows, 5, requires_grad=True)
-        loss = overtone_loss(logits, torch.full((rows,), -100), reduction=reduction)
-        assert loss.shape == ((rows,) if reduction == "none" else ())
-        assert (loss == 0).all()
-        loss.sum().backward()
-        assert torch.equal(logits.grad, torch.zeros(rows, 5))
-
-    @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 3, 2)])
-    def test_leading_dimensions(self, shape):
-        """Logits (..., V) with labels (...), down to a single token, equal the flattened call."""
-        logits = torch.randn(*shape, 7)
-        labels = torch.randint(7, shape)
-        flat = overtone_loss(logits.reshape(-1, 7), labels.reshape(-1), reduction="none")
-        assert torch.equal(overtone_loss(logits, labels, reduction="none"), flat.reshape(shape))
-        torch.testing.assert_close(overtone_loss(logits, labels), flat.mean())
-
-    def test_non_contiguous_logits(self):
-        """Transposed and strided logits give the value and gradient of their contiguous copy."""
-        logits, labels = draw_tokens(12, 9)
-        for view in (logits.t().contiguous().t(), torch.stack([logits, logits], dim=2)[..., 0]):
-            assert not view.is_contiguous()
-            leaf = view.requires_grad_()
-            overtone_loss(leaf, labels).backward()
-            assert torch.equal(leaf.grad, value_and_gradient(overtone_loss, logits, labels)[1])
-
+class TestUneditedModel:
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize("ignored", [False, True])
-    def test_caller_logits_are_untouched(self, dtype, ignored):
-        """Neither pass writes to the logits or the labels."""
-        logits, labels = draw_tokens(12, 9, dtype=dtype)
+    def test_unedited_reference_logits(self, dtype, ignored):
+        """With another model's logits for the filtered distribution the two agree as well."""
+        logits, labels = draw_tokens(50, 30, dtype=dtype)
+        reference_logits, _ = draw_tokens(50, 30, seed=1, dtype=dtype)
         if ignored:
-            labels[1] = -100
-        before = logits.clone(), labels.clone()
-        overtone_loss(logits.requires_grad_(), labels).backward()
-        assert torch.equal(logits, before[0])
-        assert torch.equal(labels, before[1])
+            labels[::4] = -100
+        arguments = {"reference_logits": reference_logits, "lam": 0.6}
+        expected, expected_gradient = value_and_gradient(reference_loss, logits, labels, **arguments)
+        value, gradient = value_and_gradient(overtone_loss, logits, labels, **arguments)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradient, expected_gradient)
 
-    def test_second_backward(self):
-        """With retain_graph a second backward adds the same gradient again; without, torch's own error."""
-        logits, labels = draw_tokens(12, 9)
-        logits.requires_grad_()
-        loss = overtone_loss(logits, labels)
-        loss.backward(retain_graph=True)
-        once = logits.grad.clone()
-        loss.backward()
-        assert torch.equal(logits.grad, once + once)
-        with pytest.raises(RuntimeError, match="second time"):
+    def test_own_logits_as_reference_change_nothing(self):
+        """A reference that equals the logits gives the closed form's own value and gradient."""
+        logits, labels = draw_tokens(60, 40)
+        value, gradient = value_and_gradient(overtone_loss, logits, labels)
+        other, other_gradient = value_and_gradient(overtone_loss, logits, labels, reference_logits=logits)
+        torch.testing.assert_close(value, other, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient, other_gradient, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("broken_logit", [math.nan, math.inf])
+    def test_nan_is_not_hidden(self, broken_logit):
+        """Of the unedited model either: its row's loss is NaN and no other's."""
+        logits, labels = draw_tokens(3, 5)
+        broken = logits.clone()
+        broken[1, 2] = broken_logit
+        values = overtone_loss(logits, labels, reference_logits=broken, reduction="none")
+        assert values.isnan().tolist() == [False, True, False]
+
+    def test_ignored_nan_is_hidden(self):
+        """In a row that does not count, of either model, it reaches neither loss nor gradient."""
+        logits, labels = draw_tokens(3, 5)
+        unedited = logits + 1
+        logits[1, 2], unedited[1, 3], labels[1] = math.nan, math.nan, -100
+        value, gradient = value_and_gradient(overtone_loss, logits, labels, reference_logits=unedited)
+        assert value.isfinite()
+        assert gradient.isfinite().all()
+        assert not gradient[1].any()
+
+
+class TestGradientWithTheLoss:
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_is_the_backward_pass_own(self, dtype, reduction, monkeypatch):
+        """Worked out at once, and given out once; bit for bit what the backward pass would have worked out."""
+        logits, labels = draw_tokens(9, 700, dtype=dtype)
+        labels[1] = -100
+        for arguments in (*SETTINGS, {"epsilon": 0.5, "hold": "correct"}):
+            results = []
+            for limit in (UP_TO, 0):
+                monkeypatch.setattr(kernels.CPU, "gradient_with_fit_up_to", limit)
+                leaf = logits.clone().requires_grad_()
+                loss = overtone_loss(leaf, labels, reduction=reduction, **arguments)
+                assert (loss.grad_fn.gradient is None) == (limit == 0)
+                own, again = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
+                assert loss.grad_fn.gradient is None
+                (half,) = torch.autograd.grad(loss, leaf, torch.tensor(0.5, dtype=loss.dtype))
+                results.append((loss.detach(), own, again, half))
+            for at_once, later in zip(*results, strict=True):
+                assert torch.equal(at_once, later)
+
+    @pytest.mark.parametrize("is_retained", [False, True])
+    def test_a_graph_of_it(self, is_retained):
+        """It is there, and refuses a second derivative; so does that of a gradient worked out anew."""
+        logits, labels = draw_tokens(9, 700, dtype=torch.float32)
+        loss = overtone_loss(logits.requires_grad_(), labels)
+        if is_retained:
+            loss.backward(retain_graph=True)
+        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.sum().backward()
+
+    @pytest.mark.parametrize("limit", [UP_TO, 0])
+    def test_no_gradient_arrives(self, limit, monkeypatch):
+        """A function on the way that sends nothing back: nothing goes on, rather than zeros, as from torch's losses."""
+
+        class Cut(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, value):
+                return value.clone()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                return None
+
+        weight = torch.eye(70, requires_grad=True)
+
+        def from_hidden(hidden, labels):
+            return linear_overtone_loss(hidden, weight, labels)
+
+        monkeypatch.setattr(kernels.CPU, "gradient_with_fit_up_to", limit)
+        for loss_function in (overtone_loss, from_hidden, torch.nn.functional.cross_entropy):
+            logits, labels = torch.randn(9, 70, requires_grad=True), torch.arange(9)
+            Cut.apply(loss_function(logits, labels)).backward()
+            assert logits.grad is weight.grad is None
+
+    def test_a_loss_scale_saves_gradients_in_float16(self):
+        """What the forward pass worked out has lost the smallest; under another upstream gradient it is not used."""
+        logits, labels = torch.full((4, 2**15), -9.0, dtype=torch.float16), torch.zeros(4, dtype=torch.long)
+        logits[:, 0] = 9
+        leaf = logits.clone().requires_grad_()
+        (overtone_loss(leaf, labels, epsilon=0, lam=1) * 2.0**15).backward()
+        exact = logits.double().requires_grad_()
+        (reference_loss(exact, labels, epsilon=0, lam=1) * 2.0**15).backward()
+        assert exact.grad[0, 1] / 2**15 < torch.finfo(torch.float16).smallest_normal / 2**10  # lost without the scale
+        torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=2 * torch.finfo(torch.float16).eps, atol=1e-6)
+
+    def test_another_default_device(self):
+        """Everything that is made is made where the logits are."""
+        logits, labels = draw_tokens(9, 700, dtype=torch.float32)
+        expected = overtone_loss(logits, labels)
+        leaf = logits.clone().requires_grad_()
+        with torch.device("meta"):
+            loss = overtone_loss(leaf, labels)
             loss.backward()
+        assert torch.equal(loss, expected)
+        assert leaf.grad.device == logits.device
 
-    def test_denormal_numbers_flushed(self):
-        """A row without spread at 0 keeps all of its tokens, though what is just below 0 is 0 then."""
-        logits, labels = torch.zeros(3, 7), torch.arange(3)
-        expected = value_and_gradient(reference_loss, logits.double(), labels, epsilon=0)
-        if not torch.set_flush_denormal(True):
-            pytest.skip("this processor does not flush denormal numbers")
-        try:
-            value, gradient = value_and_gradient(overtone_loss, logits, labels, epsilon=0)
-        finally:
-            torch.set_flush_denormal(False)
-        torch.testing.assert_close((value.double(), gradient.double()), expected)
 
+class TestDerivatives:
     def test_forward_mode_is_refused(self):
         """With what to do instead, whether the logits are trained or not."""
         logits, labels = draw_tokens(3, 5)
@@ -374,41 +188,15 @@ class TestEdges:
                 with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
                     overtone_loss(dual, labels)
 
-    def test_second_derivatives_raise(self):
-        """The target's own derivative is left out by design, so there is no second one to ask for."""
-        logits, labels = draw_tokens(3, 5)
-        loss = overtone_loss(logits.requires_grad_(), labels)
-        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
-        with pytest.raises(RuntimeError, match="no second derivative"):
-            gradient.sum().backward()
-
-    def test_changed_logits_are_noticed(self):
+    def test_changed_logits_are_noticed(self, monkeypatch):
         """Logits modified in place between the passes raise torch's version error instead of a wrong gradient."""
+        monkeypatch.setattr(kernels.CPU, "gradient_with_fit_up_to", 0)
         logits, labels = draw_tokens(12, 9)
         scores = logits.requires_grad_() * 1
         loss = overtone_loss(scores, labels)
         scores.detach().add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
-
-    def test_upstream_gradient(self):
-        """Weights on single tokens reach each row."""
-        logits, labels = draw_tokens(12, 9)
-        weights = torch.arange(12, dtype=torch.float64)
-        leaf = logits.clone().requires_grad_()
-        (overtone_loss(leaf, labels, reduction="none") * weights).sum().backward()
-        each = value_and_gradient(overtone_loss, logits, labels, reduction="sum")[1]
-        torch.testing.assert_close(leaf.grad, weights.unsqueeze(1) * each)
-
-    def test_no_grad(self):
-        """Under no_grad and inference_mode the value is the same and has no graph."""
-        logits, labels = draw_tokens(12, 9)
-        expected = overtone_loss(logits, labels)
-        for mode in (torch.no_grad, torch.inference_mode):
-            with mode():
-                loss = overtone_loss(logits, labels)
-            assert not loss.requires_grad
-            assert torch.equal(loss, expected)
 
     def test_several_threads(self):
         """Calls of several threads at once do not disturb each other."""
@@ -432,6 +220,70 @@ class TestEdges:
         assert logits.dtype == torch.bfloat16
         assert loss.dtype == torch.float32
         assert torch.equal(loss, overtone_loss(logits.detach(), labels))
+
+
+class TestTransforms:
+    """torch.func's, judged by F.cross_entropy, which the loss equals at lam=1 and epsilon=0, and by a loop."""
+
+    def test_grad(self):
+        logits, labels = draw_tokens(12, 9)
+        labels[2] = -100
+        own = torch.func.grad(lambda s: overtone_loss(s, labels, lam=1.0, epsilon=0.0))(logits)
+        torch.testing.assert_close(own, torch.func.grad(lambda s: F.cross_entropy(s, labels))(logits))
+        value, gradient = value_and_gradient(overtone_loss, logits, labels)
+        own, own_value = torch.func.grad_and_value(lambda s: overtone_loss(s, labels))(logits)
+        torch.testing.assert_close((own_value, own), (value, gradient), rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_vmap(self, reduction, dtype):
+        """Over a batch in front, behind, and with the same labels for all; a call without a label is 0."""
+        logits, labels = draw_tokens(12, 9, dtype=dtype)
+        logits, labels = logits.view(3, 4, 9), labels.view(3, 4).clone()
+        labels[0, 1], labels[2] = -100, -100
+
+        def loss(s, y):
+            return overtone_loss(s, y, reduction=reduction)
+
+        expected = torch.stack([loss(s, y) for s, y in zip(logits, labels, strict=True)])
+        torch.testing.assert_close(torch.func.vmap(loss)(logits, labels), expected)
+        torch.testing.assert_close(torch.func.vmap(loss, in_dims=(1, 0))(logits.movedim(0, 1), labels), expected)
+        alike = torch.func.vmap(loss, in_dims=(0, None))(logits, labels[0])
+        torch.testing.assert_close(alike, torch.stack([loss(s, labels[0]) for s in logits]))
+
+    @pytest.mark.parametrize("settings", [{}, {"lam": 1.0, "epsilon": 0.0}, {"reduction": "sum", "check": False}])
+    def test_gradients_of_each_sample(self, settings):
+        """vmap of grad, as for differential privacy, is the loop's; at lam=1 it is cross-entropy's."""
+        torch.manual_seed(0)
+        weight, inputs, labels = torch.randn(7, 5), torch.randn(4, 3, 5), torch.randint(7, (4, 3))
+        labels[1, 0] = -100
+
+        def per_sample(loss, **arguments):
+            def of_one(weight, x, y):
+                return loss(x @ weight.t(), y, **arguments)
+
+            return torch.func.vmap(torch.func.grad(of_one), in_dims=(None, 0, 0))(weight, inputs, labels)
+
+        own = per_sample(overtone_loss, **settings)
+        for index in range(4):
+            leaf = weight.clone().requires_grad_()
+            overtone_loss(inputs[index] @ leaf.t(), labels[index], **settings).backward()
+            torch.testing.assert_close(own[index], leaf.grad, rtol=1e-5, atol=1e-6)
+        if settings.get("lam") == 1:
+            torch.testing.assert_close(own, per_sample(F.cross_entropy), rtol=1e-5, atol=1e-6)
+
+    def test_grad_of_vmap(self):
+        """The transforms the other way round."""
+        logits, labels = draw_tokens(12, 9)
+        batch, batch_labels = logits.view(3, 4, 9), labels.view(3, 4)
+        own = torch.func.grad(lambda s: torch.func.vmap(overtone_loss)(s, batch_labels).sum())(batch)
+        each = [value_and_gradient(overtone_loss, s, y)[1] for s, y in zip(batch, batch_labels, strict=True)]
+        torch.testing.assert_close(own, torch.stack(each), rtol=1e-12, atol=1e-12)
+
+    def test_a_second_derivative_is_refused(self):
+        logits, labels = draw_tokens(3, 5)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.func.grad(lambda s: torch.func.grad(overtone_loss)(s, labels).sum())(logits)
 
 
 class TestCompile:
@@ -459,32 +311,28 @@ class TestCompile:
             assert torch.equal(value, expected)
             assert torch.equal(gradient, expected_gradient)
 
-    def test_operators_are_well_defined(self):
-        """torch's own checks of schema and fake tensors pass."""
+    def test_a_hold_needs_breaks_in_the_graph(self):
+        """With them it holds as ever; in one graph the error names it and the way out."""
+        torch.compiler.reset()
         logits, labels = draw_tokens(6, 5)
-        kl, coefficients = torch.ops.overtone.token_kl(logits, labels, None, 0.5, 0.1, True, -100)
-        for reference, target in ((None, (0.5, 0.1, True)), (logits + 1, (None, 0.1, False))):
-            arguments = logits, labels, reference, *target, -100
-            torch.library.opcheck(torch.ops.overtone.token_kl.default, arguments)
-            arguments = torch.ones_like(kl), logits, labels, reference, coefficients, *target
-            torch.library.opcheck(torch.ops.overtone.token_kl_backward.default, arguments)
+        leaf = logits.clone().requires_grad_()
+        torch.compile(overtone_loss, backend="aot_eager")(leaf, labels, epsilon=99.0, hold="settled").backward()
+        assert leaf.grad is None
+        torch.compiler.reset()
+        step = torch.compile(overtone_loss, fullgraph=True, backend="aot_eager")
+        with pytest.raises(Exception, match=r"hold='settled' cannot .* compile the model alone"):
+            step(logits, labels, hold="settled")
 
-
-class TestMemory:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("ignored", [False, True])
-    def test_no_target_tensor(self, dtype, ignored, monkeypatch):
-        """Beside the logits and the gradient that is asked for, nothing is larger than a block of rows."""
-        monkeypatch.setattr(compiled, "BLOCK_ELEMENTS", 2000)
-        logits, labels = draw_tokens(100, 1000, dtype=dtype)
-        if ignored:
-            labels[::3] = -100
-        settings = TargetSettings(n_sigma=0.5, lam=0.1, check=True)
-        gradient = torch.empty_like(logits)
-        with LargestResult() as largest:
-            kl, coefficients = rows.row_kl(logits, labels, None, settings, -100)
-            rows.row_gradient((kl > 0).float(), logits, labels, None, coefficients, settings, out=gradient)
-        assert largest.new_elements <= 2000 < 100 * 1000 // 10
+    def test_operators_are_well_defined(self):
+        """torch's own checks of schema and fake tensors pass, for both kernels."""
+        importlib.import_module("overtone.kernels.graph")
+        logits, labels = draw_tokens(6, 5)
+        for scores in (logits, logits.t().contiguous().t()):
+            for reduction in ("mean", "none"):
+                arguments = scores, labels, 0.5, 0.1, True, 0.05, False, reduction, -100, 1.0
+                torch.library.opcheck(torch.ops.overtone.fit.default, arguments)
+            _, _, coefficients, row_weights = torch.ops.overtone.fit(*arguments)
+            torch.library.opcheck(torch.ops.overtone.gradient.default, (row_weights, scores, labels, coefficients))
 
 
 class TestSynchronisation:
@@ -493,7 +341,7 @@ class TestSynchronisation:
     @pytest.mark.parametrize("count", [6, 3000])
     @pytest.mark.parametrize(
         "settings",
-        [{}, {"reduction": "none"}, {"reduction": "sum"}, {"n_sigma": None, "hold_correct": True}, {"check": False}],
+        [{}, {"reduction": "none"}, {"reduction": "sum"}, {"n_sigma": None}, {"check": False}],
     )
     @pytest.mark.parametrize("has_reference", [False, True])
     def test_the_host_waits_for_nothing(self, settings, count, has_reference):
@@ -507,24 +355,7 @@ class TestSynchronisation:
         """It has to know whether every token is settled."""
         logits, labels = torch.randn(6, 50, device="meta", requires_grad=True), torch.zeros(6).long().to("meta")
         with pytest.raises(RuntimeError, match=r"(?i)meta"):
-            overtone_loss(logits, labels, hold_settled=True)
-
-
-class LargestResult(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the most elements of any storage that an operation made."""
-
-    new_elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = [
-            tensor for tensor in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)
-        ]
-        result = func(*args, **(kwargs or {}))
-        known = {tensor.untyped_storage().data_ptr() for tensor in given}
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
-                self.new_elements = max(self.new_elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
+            overtone_loss(logits, labels, hold="settled")
 
 
 class TestBadInput:
@@ -540,8 +371,13 @@ class TestBadInput:
             ({"lam": -0.1}, "lam must be"),
             ({"reduction": "avg"}, "reduction must be one of .* got 'avg'"),
             ({"ignore_index": 2**64 + 3}, "ignore_index must be a label as int64 holds them, got 18446744073709551619"),
-            ({"hold_settled": -1.0}, "hold_settled must be .* got -1.0"),
-            ({"hold_settled": 0}, "hold_settled must be .* got 0"),
+            ({"hold": -1.0}, "hold must be .* got -1.0"),
+            ({"hold": 0}, "hold must be .* got 0"),
+            ({"hold": math.inf}, "hold=inf would hold every call"),
+            ({"hold": "setled"}, "hold must be .* got 'setled'"),
+            ({"hold": ()}, r"hold must be .* got \(\)"),
+            ({"hold": (0.1, 0.2)}, r"hold must be .* got \(0.1, 0.2\)"),
+            ({"hold": ["correct", "correct"]}, "hold must be .* got"),
             ({"labels": torch.tensor([0, 5])}, r"labels must lie in \[0, 5\) .* got 5"),
             ({"labels": torch.tensor([0, -1])}, r"labels must lie in \[0, 5\) .* got -1"),
             ({"labels": torch.tensor([0])}, r"labels must have the shape .* \(2, 5\), labels \(...\) is \(1,\)"),
@@ -571,7 +407,8 @@ class TestBadInput:
             ({"check": 1}, "check must be True or False, got 1"),
             ({"ignore_index": None}, "ignore_index must be an integer label, got None"),
             ({"ignore_index": 1.0}, "ignore_index must be an integer label, got 1.0"),
-            ({"hold_settled": None}, "hold_settled must be .* of type NoneType"),
+            ({"hold": {"settled": True}}, "hold must be .* of type dict"),
+            ({"hold": ("correct", True)}, "hold must be .* of type tuple"),
             ({"logits": [[0.0]]}, "logits must be a torch.Tensor, got list"),
             ({"labels": [0, 1]}, "labels must be a torch.Tensor, got list"),
             ({"reference_logits": 3}, "reference_logits must be a torch.Tensor or None"),

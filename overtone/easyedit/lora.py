@@ -1,7 +1,7 @@
 """LoRA, QLoRA and LoRA's twin for long free text: the loss that the model inside PEFT computes from its labels.
 
-PEFT's own addition to it (AdaLoRA's orthogonality term) stays. None of these trainers stops by itself: a held step
-gives no gradient, so the remaining steps change nothing.
+PEFT's own addition to it (AdaLoRA's orthogonality term) stays, but moves nothing in a held step. None of these trainers
+stops by itself: a held step gives no gradient, so the remaining steps change nothing.
 
 They freeze every weight of the model that they edit and switch its cache off, for good; after an edit with our loss
 both come back with `unload`.

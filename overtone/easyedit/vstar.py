@@ -64,7 +64,7 @@ class _Edit:
         except Exception as error:
             self.error = error  # MEMIT-FE prints it and goes on without a vector
             raise
-        self.since_last_step[:] = [held]  # one loss a step; the loop may have ended without one
+        self.since_last_step.append(held)
         if held:
             values = torch.full_like(values, HELD)
         log_probs = values.new_zeros(labels.shape).masked_scatter(is_target, -values)

@@ -13,6 +13,16 @@ except ImportError as error:
 
 from overtone.huggingface.attachment import Attachment, attach, detach
 from overtone.huggingface.callback import TokenStatesCallback
-from overtone.huggingface.loss import causal_lm_loss, compute_loss_func
+from overtone.huggingface.collator import DataCollatorWithLossMask
+from overtone.huggingface.loss import causal_lm_loss
+from overtone.huggingface.outputs import compute_loss_func
 
-__all__ = ["Attachment", "TokenStatesCallback", "attach", "causal_lm_loss", "compute_loss_func", "detach"]
+__all__ = [
+    "Attachment",
+    "DataCollatorWithLossMask",
+    "TokenStatesCallback",
+    "attach",
+    "causal_lm_loss",
+    "compute_loss_func",
+    "detach",
+]

@@ -2,85 +2,64 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from overtone.config import OverToneConfig
+from overtone.huggingface.attached_loss import AttachedLoss
+from overtone.huggingface.calls import Calls
+from overtone.huggingface.forward import RECORD, WatchedForward, refuse_wrapper, unwatch, watch
 from overtone.huggingface.fused_head import FusedHead, refuse_unfusable_model
-from overtone.huggingface.loss import Observer, causal_lm_loss, causal_lm_loss_of_hidden, checked_config
-from overtone.huggingface.verification import (
-    find_causal_lm,
-    note_call,
-    refuse_bypassed_call,
-    refuse_unsupported_model,
-    verify_loss_is_called,
-)
+from overtone.huggingface.holding import cut_off_added_terms
+from overtone.huggingface.loss import EvalLoss, Observer, check_eval_loss, checked_config
+from overtone.huggingface.verification import find_causal_lm, refuse_unsupported_model, verify_loss_is_called
+from overtone.huggingface.wrappers import keeps_forward_of, peft_wrappers
 
 LossFunction = Callable[..., Tensor]
 
 _SLOT = "_loss_function"
-_RECORD = "_overtone_attachments"
 
-
-@dataclass(frozen=True, eq=False)
-class _CausalLMLoss:
-    """What the slot holds: callable as transformers' `ForCausalLMLoss`, and picklable with the model, as a closure is
-    not. (A module would be ignored by transformers.)"""
-
-    config: OverToneConfig
-    observer: Observer | None
-    fused_head: FusedHead | None
-
-    def __call__(
-        self,
-        logits: Tensor,
-        labels: Tensor | None,
-        vocab_size: int | None = None,
-        num_items_in_batch: int | Tensor | None = None,
-        ignore_index: int = -100,
-        shift_labels: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        note_call()
-        arguments: dict[str, Any] = {
-            "num_items_in_batch": num_items_in_batch,
-            "shift_labels": shift_labels,
-            "loss_mask": loss_mask,
-            "ignore_index": ignore_index,
-        }
-        diverted = None if self.fused_head is None else self.fused_head.take(logits)
-        if diverted is not None:
-            return causal_lm_loss_of_hidden(*diverted, labels, self.config, **arguments)
-        return causal_lm_loss(logits, labels, self.config, observer=self.observer, **arguments)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _CausalLMLoss:
-        """With the same observer, as a function would have: a copy of the model reports to it too."""
-        return _CausalLMLoss(self.config, self.observer, copy.deepcopy(self.fused_head, memo))
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class _Layer:
     """One attached loss, and what the slot held before: {} for transformers' default, so that nothing is left."""
 
-    function: _CausalLMLoss
+    function: AttachedLoss
     replaced: dict[str, LossFunction]
 
 
 @dataclass
-class _Record:
-    """The attached losses of a model, oldest first, the guard that watches its forward, and what the fused ones share;
-    kept on the model itself, so that a deep copy of the model has its own."""
+class Record:
+    """What is attached to a model, oldest first; kept on the model itself, so that a deep copy of it has its own.
 
-    guard: RemovableHandle
+    Attributes:
+        calls: the forwards that are running.
+        position_of_labels: of the forward's arguments, for callers that do not name them.
+        wrapper_hooks: on PEFT's modules around the model.
+        keepers: those of them that hold the model's forward as their own.
+        fused_head: what the fused losses share.
+        layers: the losses.
+    """
+
+    calls: Calls
+    position_of_labels: int
+    wrapper_hooks: list[RemovableHandle] = field(default_factory=list)
+    keepers: list[nn.Module] = field(default_factory=list)
     fused_head: FusedHead | None = None
     layers: list[_Layer] = field(default_factory=list)
+
+    @property
+    def can_be_held(self) -> bool:
+        """Whether the newest loss may hold a step."""
+        return self.layers[-1].function.config.hold is not None
 
 
 class Attachment:
@@ -91,7 +70,7 @@ class Attachment:
         config: the settings of the loss.
     """
 
-    def __init__(self, model: nn.Module, config: OverToneConfig, function: _CausalLMLoss) -> None:
+    def __init__(self, model: nn.Module, config: OverToneConfig, function: AttachedLoss) -> None:
         self.model = model
         self.config = config
         self._function = function
@@ -125,21 +104,28 @@ def attach(
     *,
     observer: Observer | None = None,
     fused: bool = False,
+    eval_loss: EvalLoss = "cross_entropy",
 ) -> Attachment:
     """Make ``model(..., labels=labels).loss`` the OverTone loss, until it is detached.
 
     The Hugging Face model inside PEFT, DDP, FSDP and torch.compile wrappers is the one that changes: its
-    ``loss_function``, and nothing else of it. Its forward then also takes a ``loss_mask``, see `causal_lm_loss`, and
-    adds the auxiliary loss of a mixture of experts as before. Generation is not touched.
+    ``loss_function``, and its class, to one of the same name in which every forward is watched, however it is called.
+    Its forward then also takes a ``loss_mask``, see `causal_lm_loss`, and adds the auxiliary loss of a mixture of
+    experts as before. Generation is not touched.
+
+    A step that the config's hold holds is held as a whole: the router loss of a mixture of experts and what PEFT's
+    AdaLoRA and Shadow add keep their value and give no gradient either.
 
     Args:
         model: a causal language model, bare or wrapped.
-        config: the settings of the loss; None for the defaults. With its hold_settled, train in bf16 or float32: in
-            a held step under float16 torch's GradScaler raises an AssertionError, since it finds no gradients.
+        config: the settings of the loss; None for the defaults. With a hold, train in bf16 or float32: in a held step
+            under float16 on a GPU torch's GradScaler raises an AssertionError, since it finds no gradients.
         observer: called with logits and next tokens in every training step; ``TokenStatesCallback(...).observe``, say.
         fused: compute the loss from the hidden states, a chunk of logits at a time (`overtone.linear_overtone_loss`),
-            in every forward with labels while gradients are enabled. The logits of its outputs are then None. Without
-            labels, and under ``torch.no_grad()`` as in a Trainer's evaluation, they are there as ever.
+            in every forward with labels by name while gradients are enabled. The logits of its outputs are then None.
+            Without labels, and under ``torch.no_grad()`` as in a Trainer's evaluation, they are there as ever.
+        eval_loss: what the loss is while gradients are disabled: "cross_entropy", so that an evaluation can be
+            compared and its exponential is a perplexity, or "overtone", which training without gradients needs.
 
     Returns:
         A handle with ``detach()``, which is also a context manager.
@@ -147,33 +133,52 @@ def attach(
     Raises:
         TypeError: if there is no Hugging Face model inside, or config is not an OverToneConfig.
         ValueError: if the model would not call the loss: its forward computes its loss another way, it is not a causal
-            language model, or Liger's fused loss is on it. One forward of two tokens finds out (not where parameters
-            are sharded or not loaded; there the first training step does). With fused=True also if the logits are not
-            those of a plain ``torch.nn.Linear`` (soft-capping, a scale, PEFT or quantisation on the output layer), if
-            parameters are sharded or not loaded, or for an observer. Nothing has changed then.
+            language model, Liger's fused loss is on it, or PEFT's CPT around it. One forward of two tokens finds out
+            (not where parameters are sharded or not loaded; there the first training step does). With fused=True also
+            if the logits are not those of a plain ``torch.nn.Linear`` (soft-capping, a scale, PEFT or quantisation on
+            the output layer), if parameters are sharded or not loaded, or for an observer. Nothing has changed then.
+            Later, from a Trainer that computes another loss: label_smoothing_factor, a compute_loss_func.
         RuntimeError: later, from a training step whose loss was computed by something else: Liger's or TRL's fused
-            loss, put on the model after `attach`; or whose output layer is no longer one that can be fused.
+            loss, put on the model after `attach`, or a Trainer that keeps the labels to itself; or whose output layer
+            is no longer one that can be fused.
     """
     config = checked_config(config)
+    check_eval_loss(eval_loss)
     causal_lm = find_causal_lm(model)
     refuse_unsupported_model(causal_lm)
+    wrappers = list(peft_wrappers(model, causal_lm))
+    for wrapper in wrappers:
+        refuse_wrapper(wrapper, causal_lm, can_be_held=False)
     verify_loss_is_called(causal_lm, inside=model)
     if fused:
         if observer is not None:
             raise ValueError("observer must be None with fused=True, which makes no logits that it could be shown")
         refuse_unfusable_model(causal_lm, inside=model)
 
-    record = causal_lm.__dict__.get(_RECORD)
+    record = causal_lm.__dict__.get(RECORD)
     if record is None:
-        guard = causal_lm.register_forward_hook(refuse_bypassed_call, with_kwargs=True, always_call=True)
-        record = _Record(guard)
-        setattr(causal_lm, _RECORD, record)
+        parameters = list(inspect.signature(causal_lm.forward).parameters)
+        record = Record(Calls(), parameters.index("labels") if "labels" in parameters else len(parameters))
+        watch(causal_lm)
+        setattr(causal_lm, RECORD, record)
+    for wrapper in wrappers:
+        if cut_off_added_terms not in wrapper._forward_hooks.values():
+            record.wrapper_hooks.append(wrapper.register_forward_hook(cut_off_added_terms))
+        if keeps_forward_of(causal_lm, wrapper):
+            wrapper.forward = WatchedForward(causal_lm, wrapper.__dict__["forward"])
+            record.keepers.append(wrapper)
     if fused and record.fused_head is None:
-        record.fused_head = FusedHead(causal_lm)
-    function = _CausalLMLoss(config, observer, record.fused_head if fused else None)
+        record.fused_head = FusedHead(causal_lm, record.calls)
+    function = AttachedLoss(config, observer, record.calls, record.fused_head if fused else None, eval_loss)
     replaced = {_SLOT: causal_lm.__dict__[_SLOT]} if _SLOT in causal_lm.__dict__ else {}
     record.layers.append(_Layer(function, replaced))
     causal_lm.loss_function = function
+    logger.info(
+        "The loss of %s is OverTone's while gradients are enabled, and %s otherwise (eval_loss=%r)",
+        type(causal_lm).__name__,
+        "cross-entropy" if eval_loss == "cross_entropy" else "OverTone's too",
+        eval_loss,
+    )
     return Attachment(causal_lm, config, function)
 
 
@@ -185,12 +190,12 @@ def detach(model: nn.Module) -> None:
 
 
 def _layers(model: nn.Module) -> list[_Layer]:
-    record: _Record | None = model.__dict__.get(_RECORD)
+    record: Record | None = model.__dict__.get(RECORD)
     return list(record.layers) if record else []
 
 
 def _remove_layer(model: nn.Module, layer: _Layer) -> None:
-    record: _Record = model.__dict__[_RECORD]
+    record: Record = model.__dict__[RECORD]
     position = record.layers.index(layer)
     above = record.layers[position + 1] if position + 1 < len(record.layers) else None
     if above is not None and above.replaced.get(_SLOT) is layer.function:
@@ -209,5 +214,10 @@ def _remove_layer(model: nn.Module, layer: _Layer) -> None:
         record.fused_head.remove()
         record.fused_head = None
     if not record.layers:
-        record.guard.remove()
-        delattr(model, _RECORD)
+        for handle in record.wrapper_hooks:
+            handle.remove()
+        for keeper in record.keepers:
+            if isinstance(keeper.forward, WatchedForward):
+                keeper.forward = keeper.forward.forward
+        delattr(model, RECORD)
+        unwatch(model)

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from overtone.config import OverToneConfig
 from overtone.diagnostics import TokenStates, token_states
+from overtone.hold import Hold, read_hold
 from overtone.huggingface.loss import checked_config
 
 __all__ = ["TokenStatesCallback"]
@@ -37,8 +38,8 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         config: the settings of the loss; None for the defaults.
         stop_after_held: stop training after this many steps in a row in which nothing was left to learn: every token
-            of the step settled or, where config.hold_settled is a number, the mean KL of every micro-batch at or below
-            it, as the loss decides. None never stops. With several batches an epoch, give at least their number.
+            of the step settled or, where config.hold says otherwise, every micro-batch held, as the loss decides. None
+            never stops. With several batches an epoch, give at least their number.
 
     Raises:
         ValueError, TypeError: for a stop_after_held that is not a whole number of steps, 1 or more; when training
@@ -69,10 +70,11 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget an earlier run; refuse a hold under fp16, whose gradient scaler fails on a step without gradients."""
-        if args.fp16 and self.config.hold_settled is not False:
+        # On a CPU accelerate has no scaler, and computes in float32.
+        if args.fp16 and args.device.type != "cpu" and self.config.hold is not None:
             raise ValueError(
-                f"hold_settled={self.config.hold_settled!r} cannot be used with fp16=True: torch's gradient scaler "
-                "raises in a step without gradients; train with bf16=True, or pass hold_settled=False"
+                f"hold={self.config.hold!r} cannot be used with fp16=True: torch's gradient scaler raises in a step "
+                "without gradients; train with bf16=True, or pass hold=None"
             )
         self._step = None
         self._logged = torch.zeros_like(self._logged)
@@ -113,9 +115,7 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
 
     def _needs_gradient(self, states: TokenStates) -> Tensor:
         """Whether a micro-batch would not be held, as the loss decides it, one by one."""
-        threshold = self.config.hold_settled
-        is_wrong = (states.counted & ~states.correct).any() & self.config.hold_correct
-        if isinstance(threshold, bool):
-            return (states.counted & ~states.settled).any() | is_wrong
-        # The mean over no token is NaN, and not above anything.
-        return (states.kl[states.counted].mean() > threshold) | is_wrong
+        hold = read_hold(self.config.hold) or Hold(settled=True)
+        counted = states.counted
+        is_held = hold.is_met(states.kl[counted], self.config.epsilon, states.correct[counted])
+        return torch.tensor(not is_held, device=counted.device)

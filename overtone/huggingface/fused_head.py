@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from overtone.huggingface.calls import Call, Calls
 from overtone.huggingface.verification import how_sharded_or_unloaded, run_on_two_tokens
 
 _SLOT = "_loss_function"
@@ -16,66 +16,47 @@ _SLOT = "_loss_function"
 class FusedHead:
     """Gives the output layer no rows in a training step with labels, and its input to the loss.
 
-    It works by hooks, which are copied, pickled and removed with no trace; every method stays what it was.
+    It works by a hook, which is copied, pickled and removed with no trace; every method stays what it was.
     """
 
-    def __init__(self, model: Any) -> None:
-        """Hook into a model that `refuse_unfusable_model` has let pass."""
-        head = model.get_output_embeddings()
-        self._is_expected = False
-        self._diverted: tuple[Tensor, nn.Linear] | None = None
-        self._empty_logits: Tensor | None = None
-        self._handles = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            head.register_forward_pre_hook(self._divert),
-            model.register_forward_hook(self._end, always_call=True),
-        ]
+    def __init__(self, model: Any, calls: Calls) -> None:
+        """Hook into a model that `refuse_unfusable_model` has let pass, and whose running forwards are in calls."""
+        self._calls = calls
+        self._handle = model.get_output_embeddings().register_forward_pre_hook(self._divert)
 
-    def take(self, empty_logits: Tensor) -> tuple[Tensor, nn.Linear] | None:
-        """Hidden states ``(batch, sequence, H)`` and output layer, for the loss; None if there are logits as ever."""
-        diverted, self._diverted = self._diverted, None
-        if diverted is not None:
-            self._empty_logits = empty_logits
-        return diverted
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, model: Any, call: Call, inputs: dict[str, Any]) -> None:
         """Before the model's forward: expect a call of the output layer if the fused loss will be computed."""
-        self._forget()
         is_in_use = getattr(model.__dict__.get(_SLOT), "fused_head", None) is self
-        if not is_in_use or kwargs.get("labels") is None or not torch.is_grad_enabled():
+        if not is_in_use or inputs.get("labels") is None or not torch.is_grad_enabled():
             return
         if obstacle := _obstacle(model, model) or self._is_elsewhere(model):
             raise RuntimeError(
                 f"the fused loss attached to {type(model).__name__} cannot be computed with {obstacle}; detach it and "
                 "attach without fused=True"
             )
-        self._is_expected = True
+        call.expects_head = True
+
+    def take(self, empty_logits: Tensor) -> tuple[Tensor, nn.Linear] | None:
+        """Hidden states ``(batch, sequence, H)`` and output layer, for the loss; None if there are logits as ever."""
+        call = self._calls.current
+        if call is None or call.diverted is None:
+            return None
+        diverted, call.diverted = call.diverted, None
+        call.empty_logits = empty_logits
+        return diverted
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._handle.remove()
 
     def _divert(self, head: nn.Linear, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """Before the output layer's forward: keep its input, and leave no rows of it."""
-        if not self._is_expected:
+        call = self._calls.current
+        if call is None or not call.expects_head:
             return None
         (hidden,) = args
-        self._is_expected, self._diverted = False, (hidden, head)
+        call.expects_head, call.diverted = False, (hidden, head)
         return (hidden[..., :0, :],)
-
-    def _end(self, model: Any, args: tuple[Any, ...], output: Any) -> Any:
-        """After the model's forward, also one that failed: None for the logits that were not made."""
-        empty = self._empty_logits
-        self._forget()
-        if empty is None or output is None:
-            return None
-        if isinstance(output, tuple):
-            return tuple(None if item is empty else item for item in output)
-        return dataclasses.replace(output, logits=None)
-
-    def _forget(self) -> None:
-        self._is_expected, self._diverted, self._empty_logits = False, None, None
 
     def _is_elsewhere(self, model: Any) -> str | None:
         hooks = model.get_output_embeddings()._forward_pre_hooks.values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,12 @@ from overtone.loss import overtone_loss
 
 Observer: TypeAlias = Callable[[Tensor, Tensor], None]
 """Sees the logits ``(..., V)`` and the next tokens ``(...)`` of every training step; returns nothing."""
+
+EvalLoss: TypeAlias = Literal["cross_entropy", "overtone"]
+"""What the loss is while gradients are disabled."""
+
+CROSS_ENTROPY = OverToneConfig(epsilon=0.0, n_sigma=None, lam=1.0)
+"""The settings with which the loss is cross-entropy."""
 
 
 def causal_lm_loss(
@@ -92,33 +98,6 @@ def causal_lm_loss_of_hidden(
     return _normalised(loss, next_tokens, weights, num_items_in_batch, ignore_index)
 
 
-def compute_loss_func(
-    config: OverToneConfig | None = None,
-    *,
-    router_aux_loss_coef: float | None = None,
-    observer: Observer | None = None,
-) -> Callable[..., Tensor]:
-    """A loss for ``Trainer(compute_loss_func=...)`` and ``SFTTrainer(compute_loss_func=...)``.
-
-    Args:
-        config: the settings of the loss; None for the defaults. With its hold_settled, train in bf16 or float32: in
-            a held step under fp16=True torch's gradient scaler raises an AssertionError, since it finds no gradients.
-        router_aux_loss_coef: weight of the auxiliary loss of a mixture-of-experts model, which the trainer leaves to
-            this function: ``model.config.router_aux_loss_coef``. Needed as soon as the model returns one.
-        observer: as for `causal_lm_loss`; ``TokenStatesCallback(...).observe``, say.
-
-    Returns:
-        ``(outputs, labels, num_items_in_batch=None) -> loss``, see `causal_lm_loss`. It raises a ValueError for
-        outputs without logits, of an encoder-decoder model, or with an auxiliary loss that has no weight.
-    """
-    return partial(
-        _loss_of_outputs,
-        config=checked_config(config),
-        router_aux_loss_coef=router_aux_loss_coef,
-        observer=observer,
-    )
-
-
 def refuse_dtensor(logits: Tensor) -> None:
     """Raise a ValueError for logits that tensor parallelism has left spread over devices."""
     if torch.distributed.is_available():
@@ -139,37 +118,10 @@ def checked_config(config: OverToneConfig | None) -> OverToneConfig:
     return config or OverToneConfig()
 
 
-def _loss_of_outputs(
-    outputs: Any,
-    labels: Tensor | None,
-    num_items_in_batch: int | Tensor | None = None,
-    *,
-    config: OverToneConfig,
-    router_aux_loss_coef: float | None,
-    observer: Observer | None,
-) -> Tensor:
-    named = outputs if isinstance(outputs, dict) else {"logits": outputs[0]}
-    logits = named.get("logits")
-    if logits is None:
-        raise ValueError(
-            "outputs must hold logits, got none: a fused loss (Liger's fused_linear_cross_entropy, TRL's "
-            "loss_type='chunked_nll') never builds them; pass use_liger_kernel=False and loss_type='nll'"
-        )
-    if named.get("encoder_last_hidden_state") is not None:
-        raise ValueError(
-            "outputs must come from a causal language model, got an encoder-decoder's, whose labels are not "
-            "shifted; call overtone.overtone_loss(outputs.logits, labels) in a loss function of your own"
-        )
-    loss = causal_lm_loss(logits, labels, config, num_items_in_batch=num_items_in_batch, observer=observer)
-    auxiliary: Tensor | None = named.get("aux_loss")
-    if auxiliary is None:
-        return loss
-    if router_aux_loss_coef is None:
-        raise ValueError(
-            "router_aux_loss_coef must be given: the model returns an auxiliary loss (aux_loss), and the trainer "
-            "leaves it to compute_loss_func; pass router_aux_loss_coef=model.config.router_aux_loss_coef, or 0"
-        )
-    return loss + router_aux_loss_coef * auxiliary.to(loss.device)
+def check_eval_loss(eval_loss: str) -> None:
+    """Raise a ValueError for anything but the two names."""
+    if eval_loss not in get_args(EvalLoss):
+        raise ValueError(f"eval_loss must be one of {get_args(EvalLoss)}, got {eval_loss!r}")
 
 
 def _next_tokens(

@@ -1,4 +1,4 @@
-"""Is the attached loss really the one that the model computes? Asked once when attaching, and in every training step.
+"""Is the attached loss really the one that the model computes? Asked once when attaching; `forward` asks in every step.
 
 The question matters because the wrong answer is silent: transformers ignores an assignment on a wrapper, some forwards
 compute cross-entropy themselves, and fused kernels replace the forward after the fact.
@@ -16,19 +16,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_WAY_OUT = (
+WAY_OUT = (
     "pass compute_loss_func=overtone.huggingface.compute_loss_func(config) to the Trainer, or call "
     "overtone.huggingface.causal_lm_loss(outputs.logits, labels) on the outputs of a forward without labels"
 )
-
-
-class _Calls:
-    """Whether an attached loss was called since a forward last ended: an attribute, which torch.compile can trace."""
-
-    pending = False
-
-
-_calls = _Calls()
 
 
 def find_causal_lm(model: nn.Module) -> Any:
@@ -51,7 +42,7 @@ def refuse_unsupported_model(model: Any) -> None:
     name = type(model).__name__
     if PreTrainedModel.loss_function.fset is None:
         raise ValueError(
-            f"model cannot be given a loss_function in transformers {transformers.__version__}: upgrade, or {_WAY_OUT}"
+            f"model cannot be given a loss_function in transformers {transformers.__version__}: upgrade, or {WAY_OUT}"
         )
     default = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
     if "_loss_function" not in model.__dict__ and default is not ForCausalLMLoss:
@@ -59,8 +50,8 @@ def refuse_unsupported_model(model: Any) -> None:
             f"model must be a causal language model, got {name}, whose loss is {default.__name__}; call "
             "overtone.overtone_loss(logits, labels) on its logits, with labels aligned as that loss aligns them"
         )
-    if culprit := _fused_by(model):
-        raise ValueError(f"model must compute its own loss, got {name} with {culprit}, which bypasses it; {_WAY_OUT}")
+    if culprit := fused_by(model):
+        raise ValueError(f"model must compute its own loss, got {name} with {culprit}, which bypasses it; {WAY_OUT}")
 
 
 def verify_loss_is_called(model: Any, *, inside: nn.Module) -> None:
@@ -82,7 +73,7 @@ def verify_loss_is_called(model: Any, *, inside: nn.Module) -> None:
     if not called:
         raise ValueError(
             f"model must compute its loss by self.loss_function, but the forward of {type(model).__name__} computes it "
-            f"another way, so that attaching would change nothing; {_WAY_OUT}"
+            f"another way, so that attaching would change nothing; {WAY_OUT}"
         )
 
 
@@ -90,41 +81,18 @@ def run_on_two_tokens(model: Any, loss_function: Callable[..., Tensor]) -> None:
     """A forward with labels and that loss, which leaves no trace of having run; a ValueError if it fails."""
     device = model.get_input_embeddings().weight.device
     tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
-    with _undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad():
         model.loss_function = loss_function
         try:
             model(input_ids=tokens, labels=tokens)
         except Exception as error:
             raise ValueError(
                 f"model must take input_ids and labels, but {type(model).__name__} failed on two tokens "
-                f"({type(error).__name__}: {error}); {_WAY_OUT}"
+                f"({type(error).__name__}: {error}); {WAY_OUT}"
             ) from error
 
 
-def note_call() -> None:
-    """Remember that the attached loss was called."""
-    _calls.pending = True
-
-
-def refuse_bypassed_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """A forward hook: raise a RuntimeError if a training step has computed its loss without the attached function.
-
-    It must be called always, without an output where the forward failed, so that a call noted there is forgotten.
-    """
-    called, _calls.pending = _calls.pending, False
-    # With return_dict=False the loss has no name, but comes with the labels as ever.
-    has_loss = isinstance(output, tuple) or getattr(output, "loss", None) is not None
-    concerned = torch.is_grad_enabled() and kwargs.get("labels") is not None and has_loss
-    # DataParallel runs its replicas in threads of one process, where the note of a call cannot be told apart.
-    if called or not concerned or getattr(model, "_is_replica", False):
-        return
-    culprit = _fused_by(model, kwargs) or "a forward that does not call self.loss_function"
-    raise RuntimeError(
-        f"the loss attached to {type(model).__name__} was bypassed by {culprit}; detach it and {_WAY_OUT}"
-    )
-
-
-def _fused_by(model: Any, kwargs: dict[str, Any] | None = None) -> str | None:
+def fused_by(model: Any, kwargs: dict[str, Any] | None = None) -> str | None:
     """The name of a fused loss in the model's forward, if there is one."""
     if kwargs and "fused_lm_head" in kwargs:
         return "TRL's fused LM head (SFTConfig loss_type 'nll', 'chunked_nll' and 'dft')"
@@ -154,7 +122,7 @@ def how_sharded_or_unloaded(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def _undisturbed(model: Any) -> Iterator[None]:
+def undisturbed(model: Any) -> Iterator[None]:
     """Evaluation mode, then everything as it was: each module's mode, the loss, the random number generators."""
     training = {module: module.training for module in model.modules()}
     replaced = model.__dict__.get("_loss_function")
@@ -168,6 +136,6 @@ def _undisturbed(model: Any) -> Iterator[None]:
             for module, mode in training.items():
                 module.training = mode
             if replaced is None:
-                del model._loss_function
+                model.__dict__.pop("_loss_function", None)
             else:
                 model.loss_function = replaced

@@ -69,8 +69,8 @@ def library() -> ModuleType | None:
 @cache
 def _warn_once() -> None:
     logger.warning(
-        "overtone was installed without a C++ compiler, so the loss on the CPU runs in PyTorch, several times as slow; "
-        "with one (g++ or clang++), install it again: pip install --force-reinstall --no-deps overtone"
+        "overtone's C++ kernel was not built, so the loss on the CPU runs in PyTorch, several times as slow: without a "
+        "compiler (g++ or clang++) overtone is installed without it; install it again with one"
     )
 
 

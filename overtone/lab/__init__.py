@@ -1,4 +1,4 @@
-"""The lab: edit models with many losses and compare them. Imports go from the left of this line to the right only.
+"""The lab: edit models with many losses and compare them. Each sub-package imports only from those on its left.
 
-data -> model -> edit -> score -> results -> run -> report
+data -> model -> edit -> score -> results -> run, report
 """

@@ -89,5 +89,5 @@ class _FirstLogitsAsReference:
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self._reference is None:
-            self._reference = logits.detach().clone()
+            self._reference = logits.detach()
         return self._loss(logits, labels, reference_logits=self._reference)

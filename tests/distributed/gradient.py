@@ -119,7 +119,7 @@ ENGINES: dict[str, Callable[[Any, Batch, torch.Tensor], Batch]] = {
 
 def hold_is_refused(model: Any, own: Batch) -> None:
     """A rank that skips its gradient would leave the others waiting for it."""
-    with attach(model, OverToneConfig(hold_settled=True)), pytest.raises(ValueError, match="hold_settled"):
+    with attach(model, OverToneConfig(hold="settled")), pytest.raises(ValueError, match="hold='settled'"):
         model(**own)
 
 

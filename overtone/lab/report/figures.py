@@ -64,15 +64,16 @@ def loss_groups(losses: Sequence[str]) -> dict[str, list[str]]:
     thresholds = [loss for loss in losses if is_early_stopping(loss)]
     ablations = [loss for loss in losses if loss in ABLATIONS]
     main = [loss for loss in losses if loss in BASELINES or loss not in (*thresholds, *ablations)]
-    groups = {"": main, "ablations": [*ablations, *(loss for loss in ("cross_entropy", "overtone") if loss in main)]}
+    groups = {"": main}
     if set(thresholds) - {*BASELINES}:
         groups["thresholds"] = thresholds
-    parts: dict[str, list[str]] = {}
-    for name, group in groups.items() if ablations else [item for item in groups.items() if item[0] != "ablations"]:
-        for number, start in enumerate(range(0, len(group), len(COLOURS)), 1):
-            part = "-".join(filter(None, [name, str(number) if number > 1 else ""]))
-            parts[part] = group[start : start + len(COLOURS)]
-    return parts
+    if ablations:
+        groups["ablations"] = [*ablations, *(loss for loss in ("cross_entropy", "overtone") if loss in main)]
+    return {
+        "-".join(filter(None, [name, str(number) if number > 1 else ""])): group[start : start + len(COLOURS)]
+        for name, group in groups.items()
+        for number, start in enumerate(range(0, len(group), len(COLOURS)), 1)
+    }
 
 
 def _of(table: pd.DataFrame, losses: Sequence[str]) -> pd.DataFrame:

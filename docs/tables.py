@@ -1,0 +1,477 @@
+"""The tables of README.md and docs/*.md, written from the CSV files of examples/results.
+
+    python docs/tables.py
+
+A table stands between <!-- table NAME --> and <!-- end of table -->; whatever is between is replaced by the table that
+the function of that name returns. tests/test_docs.py fails while a page and its files differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from overtone.config import PRESETS, RECOMMENDED, OverToneConfig
+from overtone.token_loss import parse
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "examples" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?<=^<!-- table )([\w-]+) -->\n.*?(?=^<!-- end of table -->$)", re.MULTILINE | re.DOTALL)
+
+MEASURES = {"rel": "Rel", "gen": "Gen", "por": "Por", "loc": "Loc", "average": "average"}
+METHODS = {"lora": "LoRA", "ft-m": "FT-M", "easyedit-ft": "EasyEdit's FT-M", "easyedit-lora": "EasyEdit's LoRA"}
+METHODS |= {"easyedit-melo": "EasyEdit's MELO", "easyedit-wise": "EasyEdit's WISE"}
+LOSSES = (
+    "cross_entropy",
+    "cross_entropy:hold=0.1",
+    "cross_entropy:hold=0.3",
+    "cross_entropy:hold=0.5",
+    "cross_entropy:hold=1",
+    "cross_entropy:hold=correct",
+    "label_smoothing",
+    "overtone",
+    "overtone:hold=settled",
+    "overtone_recommended",
+)
+"""The losses that a table shows, in its order."""
+
+ABLATIONS = (
+    "cross_entropy",
+    "overtone",
+    "overtone:epsilon=0",
+    "overtone:n_sigma=none",
+    "overtone:check=false",
+    "overtone:dynamic=false",
+    "overtone:epsilon=0+check=false",
+    "overtone:lam=1",
+)
+
+Builder = Callable[[], pd.DataFrame]
+TABLES: dict[str, Builder] = {}
+
+
+def table(build: Builder) -> Builder:
+    """Register a table under its function's name, with hyphens."""
+    TABLES[build.__name__.replace("_", "-")] = build
+    return build
+
+
+def read(name: str) -> pd.DataFrame:
+    """A committed CSV file."""
+    return pd.read_csv(RESULTS / f"{name}.csv")
+
+
+def number(value: float, digits: int = 1, sign: str = "") -> str:
+    """Empty where there is none."""
+    return "" if pd.isna(value) else f"{value:{sign}.{digits}f}"
+
+
+def with_interval(row: pd.Series[float], name: str, digits: int = 1, sign: str = "") -> str:
+    """The value with its 95% interval."""
+    if pd.isna(row[name]):
+        return ""
+    low, high = (number(row[f"{name} {end}"], digits, sign) for end in ("low", "high"))
+    return f"{number(row[name], digits, sign)} [{low}, {high}]"
+
+
+def difference(row: pd.Series[float], name: str = "difference", clear: str = "clear") -> str:
+    """In bold if it is clear."""
+    text = with_interval(row, name, sign="+")
+    return f"**{text}**" if row[clear] is True else text
+
+
+def shown(frame: pd.DataFrame, losses: Sequence[str] = LOSSES) -> pd.DataFrame:
+    """The rows of these losses, in their order, with the titles that the lab's reports have."""
+    kept = frame[frame.loss.isin(losses)].sort_values(
+        "loss", key=lambda column: column.map(losses.index), kind="stable"
+    )
+    return with_titles(kept)
+
+
+def with_titles(frame: pd.DataFrame) -> pd.DataFrame:
+    """The titles of the losses in a column of their own."""
+    return frame.assign(title=[parse(loss).title for loss in frame.loss])
+
+
+def columns(titled: dict[str, list[str]]) -> pd.DataFrame:
+    """A table by its columns."""
+    return pd.DataFrame(titled)
+
+
+def by_measure(frame: pd.DataFrame) -> dict[str, list[str]]:
+    """The columns Rel to average, those that the file has."""
+    return {title: frame[name].map(number).tolist() for name, title in MEASURES.items() if name in frame}
+
+
+@table
+def demo() -> pd.DataFrame:
+    """The demo's table."""
+    parts = []
+    for method in ("lora", "ft-m"):
+        rows = shown(read("demo").query(f"method == {method!r}"))
+        measures = by_measure(rows) | {"average": [with_interval(row, "average") for _, row in rows.iterrows()]}
+        steps = {"steps": rows.steps.map(lambda value: number(value, 0)).tolist()}
+        parts.append(columns({"method": [METHODS[method]] * len(rows), "loss": rows.title.tolist()} | measures | steps))
+    return pd.concat(parts)
+
+
+def against_best_stop(rows: pd.DataFrame) -> dict[str, list[str]]:
+    """Of rows of one method and one set of columns: plain, stopped, recommended."""
+    loss = rows.set_index("loss")
+    ours = loss.loc["overtone_recommended"]
+    stop = f"{ours['best single stop']:g}"
+    return {
+        "cross-entropy": [number(loss.average["cross_entropy"])],
+        "held at its best single threshold": [f"{number(loss.average[f'cross_entropy:hold={stop}'])} (at {stop})"],
+        "recommended": [number(ours.average)],
+        "recommended minus that": [difference(ours)],
+    }
+
+
+def at_first_choice(rows: pd.DataFrame) -> dict[str, list[str]]:
+    """The same rows' cross-entropy stopped at the first choice."""
+    found = rows.average[rows.loss == "cross_entropy:hold=correct"]
+    return {"held at the first choice": [number(found.iloc[0]) if len(found) else ""]}
+
+
+WORLDS = "long T=1; short T=1; soft T=1; long T=10; short T=10; soft T=10; short T=100"
+EASYEDIT_WORLDS = "short T=1; short T=10; short T=100"
+PUBLISHED = "wikibio T=1; zsre T=1"
+
+
+@table
+def what_to_expect() -> pd.DataFrame:
+    """The real model first, then the small ones."""
+    gemma, one = read("gemma-zsre").set_index("loss").average, read("one-setting")
+    stops = gemma[gemma.index.str.match(r"cross_entropy:hold=[\d.]+")]
+    first: dict[str, list[str]] = {
+        "model and data": ["Gemma 3 270M, ZsRE"],
+        "method": ["LoRA"],
+        "cross-entropy": [number(gemma["cross_entropy"])],
+        "held at its best single threshold": [f"{number(stops.max())} (at {stops.idxmax().partition('=')[2]})"],
+        "recommended": [number(gemma["overtone_recommended"])],
+        "recommended minus that": [number(gemma["overtone_recommended"] - stops.max(), sign="+")],
+    }
+    parts = [columns(first)]
+    for method, where in (
+        ("lora", WORLDS),
+        ("ft-m", WORLDS),
+        ("easyedit-lora", EASYEDIT_WORLDS),
+        ("easyedit-ft", EASYEDIT_WORLDS),
+        ("easyedit-melo", "short T=1; short T=10"),
+        ("easyedit-wise", "short T=1; short T=10"),
+        ("lora", PUBLISHED),
+        ("ft-m", PUBLISHED),
+    ):
+        rows = one[(one.method == method) & (one["columns"] == where)]
+        model = "small models, published files" if where == PUBLISHED else "small models, invented facts"
+        parts.append(columns({"model and data": [model], "method": [METHODS[method]]} | against_best_stop(rows)))
+    return pd.concat(parts)
+
+
+@table
+def one_setting() -> pd.DataFrame:
+    """Every method and set of columns."""
+    parts = []
+    one = read("one-setting").sort_values("method", key=lambda column: column.map([*METHODS].index), kind="stable")
+    for (method, where), rows in one.groupby(["method", "columns"], sort=False):
+        ours = rows[rows.loss == "overtone_recommended"].iloc[0]
+        each = "difference to best of each column"
+        row = {"method": [METHODS[method]], "averaged over": [where.replace(";", ",")]} | against_best_stop(rows)
+        row |= at_first_choice(rows)
+        parts.append(
+            columns(
+                row | {"recommended minus the best threshold of each column": [difference(ours, each, f"{each} clear")]}
+            )
+        )
+    return pd.concat(parts)
+
+
+def averages(name: str, method: str, cells: list[tuple[str, int]]) -> pd.DataFrame:
+    """Losses by data and T, then the best stop of each column and the distance to it."""
+    rows = read(name).query(f"method == {method!r}")
+    losses = [loss for loss in LOSSES if loss in set(rows.loss)]
+    titles = [parse(loss).title for loss in losses]
+    found = {METHODS[method]: [*titles, "*cross-entropy at this column's best threshold*", "*recommended minus it*"]}
+    for data, length in cells:
+        loss = rows[(rows.data == data) & (rows["T"] == length)].set_index("loss")
+        ours = loss.loc["overtone_recommended"]
+        stop = f"{ours['best stop']:g}"
+        best = f"{number(loss.average[f'cross_entropy:hold={stop}'])} (at {stop})"
+        averages = [number(loss.average.get(name, float("nan"))) for name in losses]
+        found[f"{data}, T={length}"] = [*averages, best, difference(ours)]
+    return columns(found)
+
+
+WORLD_CELLS = [("short", 1), ("short", 10), ("short", 100), ("long", 1), ("long", 10), ("soft", 1), ("soft", 10)]
+PUBLISHED_CELLS = [("zsre", 1), ("zsre", 10), ("wikibio", 1), ("wikibio", 10)]
+
+
+@table
+def worlds_lora() -> pd.DataFrame:
+    """Invented facts, the lab's LoRA."""
+    return averages("worlds", "lora", WORLD_CELLS)
+
+
+@table
+def worlds_ft_m() -> pd.DataFrame:
+    """Invented facts, the lab's FT-M."""
+    return averages("worlds", "ft-m", WORLD_CELLS)
+
+
+@table
+def published_lora() -> pd.DataFrame:
+    """ZsRE and WikiBio, the lab's LoRA."""
+    return averages("published", "lora", PUBLISHED_CELLS)
+
+
+@table
+def published_ft_m() -> pd.DataFrame:
+    """ZsRE and WikiBio, the lab's FT-M."""
+    return averages("published", "ft-m", PUBLISHED_CELLS)
+
+
+@table
+def gemma() -> pd.DataFrame:
+    """A real model."""
+    rows = with_titles(read("gemma-zsre"))
+    kl = {"KL on locality": rows.kl.map(lambda value: number(value, 2)).tolist()}
+    return columns({"loss": rows.title.tolist()} | by_measure(rows) | kl | {"steps": rows.steps.map(number).tolist()})
+
+
+@table
+def mquake() -> pd.DataFrame:
+    """Table 2 of the paper, the token accuracy of the same edits beside it."""
+    parts = []
+    for method in ("ft-m", "lora"):
+        rows = shown(read("mquake").query(f"method == {method!r}"))
+        parts.append(
+            columns(
+                {
+                    "method": [METHODS[method]] * len(rows),
+                    "loss": rows.title.tolist(),
+                    "Rel": rows.rel.map(number).tolist(),
+                    "one hop": rows["single-hop, greedy"].map(number).tolist(),
+                    "several hops": rows["multi-hop, greedy"].map(number).tolist(),
+                    "average": [with_interval(row, "average") for _, row in rows.iterrows()],
+                    "token accuracy": rows["token accuracy"].map(number).tolist(),
+                    "recommended minus the best baseline": [
+                        difference(row, "difference to best baseline", "difference to best baseline clear")
+                        if row.loss == "overtone_recommended"
+                        else ""
+                        for _, row in rows.iterrows()
+                    ],
+                }
+            )
+        )
+    return pd.concat(parts)
+
+
+@table
+def ablations() -> pd.DataFrame:
+    """Table 3 of the paper."""
+    all_rows = read("ablations").query("T == 1")
+    parts = []
+    for method in ("lora", "ft-m"):
+        rows = shown(all_rows[all_rows.method == method], ABLATIONS)
+        parts.append(columns({"method": [METHODS[method]] * len(rows), "loss": rows.title.tolist()} | by_measure(rows)))
+    return pd.concat(parts)
+
+
+@table
+def sweep() -> pd.DataFrame:
+    """What was tried, best first."""
+    rows = read("sweep")
+    return columns(
+        {
+            "method": rows.method.map(METHODS).tolist(),
+            "loss": [f"`{loss}`" for loss in rows.loss],
+            "average": rows.average.map(lambda value: number(value, 2)).tolist(),
+        }
+    )
+
+
+@table
+def easyedit_flag() -> pd.DataFrame:
+    """What the key does in EasyEdit: the average, and in brackets the reliability."""
+    flags = {
+        "": "no key",
+        "overtone:hold=false": "",
+        "overtone": "",
+        "overtone:hold=0.1": "",
+        "cross_entropy:hold=0.1": "",
+    }
+    rows = read("easyedit-flag").fillna({"token_loss": "", "changes": "", "context_templates": ""})
+    rows = rows[rows.changes.isin(["", "lr=0.001"])]
+    rows.loc[rows.token_loss == "cross_entropy", "token_loss"] = ""  # the key was there to switch off the templates
+    templates = rows.context_templates.astype(str).str.lower().map({"true": ", templates", "false": ", no templates"})
+    in_a_row = rows["T"].map(lambda length: f", {length} in a row" if length > 1 else "")
+    lr = rows.changes.map(lambda changes: changes and f", {changes}")
+    rows = rows.assign(
+        case=rows.method + templates.fillna("") + in_a_row + lr,
+        contender=rows.token_loss.map(lambda flag: flags.get(flag) or f"`{flag}`"),
+        cell=[f"{average} ({rel})" for average, rel in rows[["average", "rel"]].values],
+    )
+    return wide(rows[rows.token_loss.isin(list(flags))])
+
+
+@table
+def finetune() -> pd.DataFrame:
+    """Means over the sets of texts with t-intervals, perplexities geometrically."""
+    rows = read("finetune")
+    titles = {"learned": "new texts, tokens", "rephrased": "rephrased, exact", "reasoned": "reasoning, exact"}
+    found: dict[str, list[str]] = {"loss": list(dict.fromkeys(rows.loss))}
+    groups = [rows[rows.loss == loss] for loss in found["loss"]]
+    for name, title in titles.items():
+        found[title] = [mean_with_interval(100 * group[name]) for group in groups]
+    logs = [np.log(group.perplexity) for group in groups]
+    found["untouched knowledge, perplexity"] = [
+        "{:.3f} [{:.3f}, {:.3f}]".format(*np.exp([values.mean(), *t_interval(values)])) for values in logs
+    ]
+    found["steps"] = [number(group.steps.mean(), 0) for group in groups]
+    return columns(found)
+
+
+def mean_with_interval(values: pd.Series[float]) -> str:
+    """In %, cut at 0 and 100."""
+    if values.nunique() == 1:
+        return number(values.iloc[0])
+    low, high = t_interval(values)
+    return f"{number(values.mean())} [{number(max(low, 0))}, {number(min(high, 100))}]"
+
+
+def t_interval(values: pd.Series[float]) -> tuple[float, float]:
+    """95%, by Student's t: the sets are few."""
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=stats.sem(values))
+    return low, high
+
+
+def benchmark(name: str) -> pd.DataFrame:
+    """One of the tables of examples/benchmark.py, its times to three digits."""
+    rows = read("benchmark").query(f"table == {name!r}")
+    return rows.assign(ms=rows.ms.map(three_digits))
+
+
+def three_digits(ms: str) -> str:
+    """Words, such as "needs a GPU", as they are."""
+    if not ms[0].isdigit():
+        return ms
+    return f"{float(ms):.3g}" if float(ms) < 100 else f"{float(ms):.0f}"
+
+
+def settings_of(configs: dict[str, OverToneConfig]) -> pd.DataFrame:
+    """Fields as they are written in Python, a row a method."""
+    fields = {
+        method: {name: f"`{value!r}`" for name, value in asdict(config).items()} for method, config in configs.items()
+    }
+    return pd.DataFrame(fields).T.rename_axis("method").reset_index()
+
+
+@table
+def presets() -> pd.DataFrame:
+    """The paper's values, from the code."""
+    return settings_of({method: OverToneConfig.preset(method) for method in PRESETS})[["method", *PRESETS["lora"]]]
+
+
+@table
+def recommended() -> pd.DataFrame:
+    """Ours, from the code."""
+    return settings_of({method: OverToneConfig.recommended(method) for method in RECOMMENDED})
+
+
+@table
+def cost() -> pd.DataFrame:
+    """The README's three rows."""
+    logits = benchmark("logits").set_index(["case", "contender"])
+    hidden = benchmark("hidden").set_index(["case", "contender"])
+    edits = benchmark("edits").set_index(["case", "contender"])
+    large, head = "2048x32000 float32", "4096x32000x128 float32, frozen weight"
+    return columns(
+        {
+            "what": [
+                "from logits, 2048x32000 float32",
+                "from hidden states, 4096x128 to 32000 float32",
+                "one LoRA edit of a small model",
+            ],
+            "cross-entropy": [
+                f"{logits.ms[large, 'F.cross_entropy']} ms",
+                f"{hidden.ms[head, 'F.linear, F.cross_entropy']} ms",
+                f"{edits.ms['lora', 'cross-entropy']} ms, {edits.steps['lora', 'cross-entropy']:g} steps",
+            ],
+            "OverTone": [
+                f"{logits.ms[large, 'overtone_loss']} ms",
+                f"{hidden.ms[head, 'linear_overtone_loss']} ms",
+                f"{edits.ms['lora', 'OverTone, held']} ms held, {edits.steps['lora', 'OverTone, held']:g} steps",
+            ],
+            "times": [
+                logits.ratio[large, "overtone_loss"],
+                hidden.ratio[head, "linear_overtone_loss"],
+                edits.ratio["lora", "OverTone, held"],
+            ],
+            "memory, cross-entropy and OverTone": [
+                f"{logits.memory[large, 'F.cross_entropy']} and {logits.memory[large, 'overtone_loss']}"
+                " times the logits",
+                f"{hidden.memory[head, 'F.linear, F.cross_entropy']} and {hidden.memory[head, 'linear_overtone_loss']}"
+                " of the logits",
+                "",
+            ],
+        }
+    )
+
+
+@table
+def cost_logits() -> pd.DataFrame:
+    """Milliseconds with ratios, then memory."""
+    return spread(benchmark("logits"))
+
+
+@table
+def cost_hidden() -> pd.DataFrame:
+    """The same from hidden states."""
+    return spread(benchmark("hidden"))
+
+
+@table
+def cost_edits() -> pd.DataFrame:
+    """Milliseconds with steps."""
+    rows = benchmark("edits")
+    cells = [f"{ms} ({steps:g})" for ms, steps in rows[["ms", "steps"]].values]
+    return wide(rows.assign(cell=cells, case=rows.case.map(METHODS)))
+
+
+def spread(rows: pd.DataFrame) -> pd.DataFrame:
+    """Cases down, contenders across."""
+    cells = [
+        str(ms) if ratio == "-" else f"{ms} ({ratio})" + (f", {memory}" if memory != "-" else "")
+        for ms, ratio, memory in rows[["ms", "ratio", "memory"]].astype(str).values
+    ]
+    return wide(rows.assign(cell=cells))
+
+
+def wide(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a case, one column a contender, both in the order of the file."""
+    pivoted = rows.pivot(index="case", columns="contender", values="cell").fillna("")
+    return pivoted.loc[rows.case.unique(), rows.contender.unique()].rename_axis(None, axis=1).reset_index(names="")
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A table of GitHub's Markdown."""
+    lines = [list(frame.columns), ["---"] * frame.shape[1], *frame.to_numpy().tolist()]
+    return "".join("| " + " | ".join(cells).replace("| |", "|  |") + " |\n" for cells in lines)
+
+
+def rendered(text: str) -> str:
+    """A page with every table as the files have it."""
+    return BLOCK.sub(lambda block: f"{block[1]} -->\n\n{markdown(TABLES[block[1]]())}\n", text)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(rendered(page.read_text()))
