@@ -130,7 +130,10 @@ def _add_grid(parser: argparse.ArgumentParser, *, out: str) -> None:
         "--at-once",
         type=int,
         help="edits of lora and ft-m that share a pass; from 2 on nothing is generated, so that exact match and "
-        "perplexity are left out (default: 1)",
+        "perplexity are left out (default: 8 for a named model, else 1)",
+    )
+    parser.add_argument(
+        "--only-known", action="store_true", default=None, help="edit only facts that the named model knows"
     )
     parser.add_argument("--losses", nargs="+", help="by spaces; see overtone bench --help")
     parser.add_argument(
@@ -241,7 +244,7 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the command line changes of a preset."""
     names = (
         *("data", "size", "model", "dtype", "arch", "methods", "losses", "lengths", "edits", "seeds"),
-        *("lrs", "at_once"),
+        *("lrs", "at_once", "only_known"),
     )
     changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if isinstance(changes.get("seeds"), int):

@@ -78,7 +78,7 @@ def model(tmp_path_factory):
 
 def settings(model, **changes):
     grid = {"methods": ("ft-m",), "losses": ("cross_entropy", "overtone:hold=settled"), "lengths": (1, 2), "edits": 3}
-    return RunSettings(**{**grid, "fit_lengths": False, "model": model, **changes})
+    return RunSettings(**{**grid, "fit_lengths": False, "model": model, "at_once": 1, **changes})
 
 
 def begun(grid, out, shard=ALONE, command=("overtone", "bench")):
@@ -287,7 +287,7 @@ class TestShards:
 
 def bench_command(out, model, *extra):
     grid = ("--methods", "ft-m", "--losses", "cross_entropy", "overtone_held", "--lengths", "1,2", "--edits", "2")
-    return ["bench", "--out", str(out), "--model", model, *grid, *extra]
+    return ["bench", "--out", str(out), "--model", model, "--at-once", "1", *grid, *extra]
 
 
 class TestCommand:
@@ -372,7 +372,20 @@ class TestErrors:
             return perform(task, workplace)
 
         monkeypatch.setattr(SequenceTask, "perform", failing)
-        arguments = ("--model", model, "--methods", "ft-m", "--losses", "overtone", "--lengths", "1", "--edits", "2")
+        arguments = (
+            "--model",
+            model,
+            "--methods",
+            "ft-m",
+            "--losses",
+            "overtone",
+            "--lengths",
+            "1",
+            "--edits",
+            "2",
+            "--at-once",
+            "1",
+        )
         assert cli.main(["bench", "--out", str(tmp_path), "--workers", "1", *arguments]) == exit_code
         said = capsys.readouterr().err
         assert message in said

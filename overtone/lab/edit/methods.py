@@ -58,6 +58,7 @@ class EditingMethod:
         open: what it opens for training.
         open_many: the same for many edits in a batch.
         settings: those of models of a few million parameters.
+        large_settings: those of EasyEdit's files for LLaMA and its like, for models that are named.
         own_settings: which of them it has beside the optimiser's.
     """
 
@@ -66,12 +67,14 @@ class EditingMethod:
     open: OpenWeights
     open_many: Callable[[Any, MethodSettings], OpenedWeights]
     settings: MethodSettings
+    large_settings: MethodSettings
     own_settings: tuple[str, ...]
 
-    def changed(self, changes: Mapping[str, Any]) -> MethodSettings:
+    def changed(self, changes: Mapping[str, Any], *, is_large: bool = False) -> MethodSettings:
         """Its settings with some of them changed; changes of what other methods have are left out."""
         names = ("lr", "steps", *self.own_settings)
-        return replace(self.settings, **{name: value for name, value in changes.items() if name in names})
+        settings = self.large_settings if is_large else self.settings
+        return replace(settings, **{name: value for name, value in changes.items() if name in names})
 
 
 def _open_lora(model: Any, settings: MethodSettings, seed: int) -> AbstractContextManager[list[nn.Parameter]]:
@@ -106,8 +109,17 @@ METHODS: Mapping[str, EditingMethod] = {
             _open_lora,
             _open_many_lora,
             MethodSettings(lr=5e-3, steps=50, rank=8, alpha=32),
+            MethodSettings(lr=5e-3, steps=50, rank=8, alpha=32),
             ("rank", "alpha", "target_modules"),
         ),
-        EditingMethod("ft-m", "FT-M", _open_ft_m, _open_many_ft_m, MethodSettings(lr=5e-3, steps=25), ("layer",)),
+        EditingMethod(
+            "ft-m",
+            "FT-M",
+            _open_ft_m,
+            _open_many_ft_m,
+            MethodSettings(lr=5e-3, steps=25),
+            MethodSettings(lr=5e-4, steps=25),
+            ("layer",),
+        ),
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -59,16 +60,27 @@ def measure_knowledge(
     return Knowledge(shares, dict(corpus.knowledge_needed))
 
 
-@torch.no_grad()
 def share_recalled(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     probes: Sequence[Probe],
     *,
     ends_with_answer: bool = True,
-    batch: int = 32,
 ) -> float:
-    """The share of probes whose whole target, and full stop if asked for, greedy generation tells.
+    """The share of probes that are `recalled`."""
+    return fmean(recalled(model, tokenizer, probes, ends_with_answer=ends_with_answer))
+
+
+@torch.no_grad()
+def recalled(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    probes: Sequence[Probe],
+    *,
+    ends_with_answer: bool = True,
+    batch: int = 32,
+) -> list[bool]:
+    """Whether greedy generation tells each probe's whole target, and a full stop after it if that is asked for.
 
     It does if and only if each of their tokens is the most likely one after those before. So one forward pass over
     prompt and target decides, and nothing has to be generated.
@@ -78,12 +90,11 @@ def share_recalled(
         end = probe.target.rstrip(".") + "." if ends_with_answer else probe.target
         ids = torch.tensor(tokenizer(probe.prompt + end).input_ids)
         texts.append(Text(ids, torch.arange(len(tokenizer(probe.prompt).input_ids) - 1, len(ids) - 1)))
-    texts.sort(key=lambda text: len(text.ids))
-    recalled = 0
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index].ids))
+    tells = [False] * len(texts)
     for start in range(0, len(texts), batch):
-        chunk = texts[start : start + batch]
-        said = logits_at(model, chunk).argmax(-1).cpu().split([len(text.positions) for text in chunk])
-        recalled += sum(
-            bool((tokens == text.ids[text.positions + 1]).all()) for tokens, text in zip(said, chunk, strict=True)
-        )
-    return recalled / len(texts)
+        rows = order[start : start + batch]
+        said = logits_at(model, [texts[row] for row in rows]).argmax(-1).cpu()
+        for row, tokens in zip(rows, said.split([len(texts[row].positions) for row in rows]), strict=True):
+            tells[row] = bool((tokens == texts[row].ids[texts[row].positions + 1]).all())
+    return tells

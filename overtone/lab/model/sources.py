@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Protocol
 import torch
 
 from overtone.lab.data.corpus import Corpus
-from overtone.lab.model.knowledge import measure_knowledge
+from overtone.lab.data.edit import Edit, Probe
+from overtone.lab.model.knowledge import measure_knowledge, recalled
 from overtone.lab.model.pretrain import LabModel, load_or_train
 from overtone.lab.model.training import ARCHITECTURES
 from overtone.lab.model.workplace import Workplace
@@ -108,6 +110,13 @@ class NamedModel:
         """See `ModelSource`; measured now."""
         known = measure_knowledge(self._workplace.model, self._workplace.tokenizer, corpus, ends_with_answer=False)
         return dict(known.shares)
+
+    def knows(self, edits: Sequence[Edit]) -> list[bool]:
+        """Whether greedy generation after each edit's prompt begins with its old target; no, where it names none."""
+        probes = [Probe(edit.prompt, edit.target_old, "fact", edit.target_old.strip()) for edit in edits]
+        asked = [probe for probe in probes if probe.target]
+        known = iter(recalled(self._workplace.model, self._workplace.tokenizer, asked, ends_with_answer=False))
+        return [bool(probe.target) and next(known) for probe in probes]
 
     @cached_property
     def _workplace(self) -> Workplace:

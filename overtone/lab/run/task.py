@@ -109,7 +109,7 @@ class SequenceTask:
                 ask(session.model, workplace.tokenizer, edit, self.seed) if edit.questions else {}
                 for edit in self.edits
             ]
-            after = perplexity(session.model, workplace.tokenizer, self.held_out_texts)
+            after = perplexity(session.model, workplace.tokenizer, self.held_out_texts) if self.held_out_texts else None
         trace = None if tracer is None else tracer.trace
         # A results file cannot hold NaN or infinity, and no mean could be taken over them.
         json.dumps([*map(asdict, scores), answers, None if trace is None else asdict(trace)], allow_nan=False)
@@ -118,7 +118,7 @@ class SequenceTask:
                 position,
                 scores=scores[position],
                 answers=answers[position],
-                perplexity=after if math.isfinite(after) else None,
+                perplexity=None if after is None or not math.isfinite(after) else after,
                 steps=fit.steps,
                 ended=fit.ended,
                 seconds=fit.seconds,

@@ -127,7 +127,7 @@ def together(tasks: Iterable[SequenceTask], at_once: int) -> list[TogetherTask]:
     """The tasks in groups, each of as many sequences as share a pass, with all losses."""
     groups: dict[object, list[SequenceTask]] = defaultdict(list)
     for task in tasks:
-        groups[task.method, task.settings, task.length, task.sequence // at_once].append(task)
+        groups[task.data, task.seed, task.method, task.settings, task.length, task.sequence // at_once].append(task)
     return [TogetherTask(tuple(group), at_once) for group in groups.values()]
 
 
