@@ -22,7 +22,14 @@ _EXTRAS = {
 }
 """What the commands need beyond torch, by the extra that brings it."""
 
-_FILES = {"zsre": "KnowEdit's ZsRE", "wikibio": "KnowEdit's WikiBio", "mquake": "MQuAKE"}
+_FILES = {
+    "zsre": "KnowEdit's ZsRE",
+    "wikibio": "KnowEdit's WikiBio",
+    "mquake": "MQuAKE",
+    "counterfact": "CounterFact",
+    "wikidata_recent": "KnowEdit's WikiData recent",
+    "wikidata_counterfact": "KnowEdit's WikiData counterfact",
+}
 """The corpora that are read from a published file."""
 
 _RESUMABLE = "what was finished is kept, and the same command goes on from there"
@@ -88,9 +95,10 @@ def _add_bench(commands: Subcommands) -> None:
         "three seeds, T = 1, 10, 100, some hours on two cores; demo: single edits with every named loss. The options "
         "below change it (default: quick)",
     )
-    parser.add_argument("--data", type=_names, help="by commas: short, long, soft, zsre, wikibio, mquake")
+    parser.add_argument("--data", type=_names, help=f"by commas: short, long, soft, {', '.join(_FILES)}")
     for name, title in _FILES.items():
-        parser.add_argument(f"--{name}", metavar="PATH", help=f"{title}, the published file; adds {name} to the data")
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, metavar="PATH", help=f"{title}, the published file; adds {name} to the data")
     parser.add_argument("--size", type=int, help="records of a published file that the small model is to know")
     parser.add_argument("--lengths", type=_numbers, help="by commas: edits in a sequence, 1 for single edits")
     parser.add_argument("--seeds", type=_numbers, help="by commas: of the worlds, models and edits")
@@ -100,14 +108,32 @@ def _add_bench(commands: Subcommands) -> None:
 
 def _add_grid(parser: argparse.ArgumentParser, *, out: str) -> None:
     parser.add_argument(
-        "--model", help="causal LM to edit, from the hub or a folder (default: a small one trained on each corpus)"
+        "--model",
+        help="causal LM to edit: a name on the hub, a folder or a .gguf file, which is dequantised (default: a small "
+        "one trained on each corpus)",
     )
+    parser.add_argument("--dtype", help="of a named model's weights, such as bfloat16 (default on the CPU: float32)")
     parser.add_argument("--arch", help="of the small model: llama, qwen2, mistral or gpt2 (default: llama)")
     parser.add_argument(
         "--methods",
         type=_names,
         help="by commas: lora, ft-m; with EasyEdit also easyedit-ft, easyedit-lora, easyedit-melo, easyedit-wise, "
         "rome, memit (default: lora,ft-m)",
+    )
+    parser.add_argument("--lr", type=_rates, dest="lrs", help="by commas: learning rates, a grid each (default: 5e-3)")
+    parser.add_argument("--steps", type=int, help="optimiser steps of an edit at most (default: lora 50, ft-m 25)")
+    parser.add_argument("--layer", type=int, help="which block ft-m edits (default: two thirds up)")
+    parser.add_argument("--rank", type=int, help="of lora's adapters (default: 8)")
+    parser.add_argument("--alpha", type=int, help="lora's output is scaled by alpha / rank (default: 32)")
+    parser.add_argument("--target-modules", type=_names, help="by commas: where lora adapts (default: q_proj,v_proj)")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        help="edits of lora and ft-m that share a pass; from 2 on nothing is generated, so that exact match and "
+        "perplexity are left out (default: 8 for a named model, else 1)",
+    )
+    parser.add_argument(
+        "--only-known", action="store_true", default=None, help="edit only facts that the named model knows"
     )
     parser.add_argument("--losses", nargs="+", help="by spaces; see overtone bench --help")
     parser.add_argument(
@@ -156,6 +182,13 @@ def _numbers(text: str) -> tuple[int, ...]:
     if not numbers:
         raise argparse.ArgumentTypeError(f"whole numbers by commas are expected, got {text!r}")
     return numbers
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, _names(text)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"numbers by commas are expected, got {text!r}") from None
 
 
 def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -209,12 +242,17 @@ def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the command line changes of a preset."""
-    names = ("data", "size", "model", "arch", "methods", "losses", "lengths", "edits", "seeds")
+    names = (
+        *("data", "size", "model", "dtype", "arch", "methods", "losses", "lengths", "edits", "seeds"),
+        *("lrs", "at_once", "only_known"),
+    )
     changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if isinstance(changes.get("seeds"), int):
         changes["seeds"] = (changes["seeds"],)
     files = {name: getattr(arguments, name) for name in _FILES if getattr(arguments, name) is not None}
-    return {**changes, "paths": files}
+    method = ("steps", "layer", "rank", "alpha", "target_modules")
+    of_methods = {name: getattr(arguments, name) for name in method if getattr(arguments, name) is not None}
+    return {**changes, "paths": files, "changes": of_methods}
 
 
 def _report(arguments: argparse.Namespace, argv: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -49,6 +50,7 @@ def random_model(arch: str = "llama", seed: int = 0) -> Any:
         "llama": lambda: LlamaConfig(**common, **SIZES),
         "qwen2": lambda: Qwen2Config(**common, **SIZES, num_key_value_heads=2),
         "mistral": lambda: MistralConfig(**common, **SIZES, num_key_value_heads=2),
+        "gemma3": lambda: Gemma3TextConfig(**common, **SIZES, num_key_value_heads=1, head_dim=16),
         "gpt2": lambda: GPT2Config(**common, n_embd=32, n_layer=3, n_head=2, n_positions=64, initializer_range=0.4),
     }
     torch.manual_seed(seed)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -233,13 +234,19 @@ class TestKnowledge:
         def share_recalled(*, wrong):
             """Of a model that says each token right but the one at position ``wrong``."""
 
-            def model(ids, attention_mask):
-                said = ids.roll(-1, dims=1)
-                said[:, wrong - 1] += 1
-                return SimpleNamespace(logits=F.one_hot(said, 1000))
+            class Saying(nn.Module):
+                device = torch.device("cpu")
+                head = nn.Identity()
 
-            model.device = torch.device("cpu")
-            return measure_knowledge(model, trained.tokenizer, FewFacts([probe], [])).shares["facts"]
+                def get_output_embeddings(self):
+                    return self.head
+
+                def forward(self, input_ids, use_cache):
+                    said = input_ids.roll(-1, dims=1)
+                    said[:, wrong - 1] += 1
+                    return SimpleNamespace(logits=self.head(F.one_hot(said, 1000)))
+
+            return measure_knowledge(Saying(), trained.tokenizer, FewFacts([probe], [])).shares["facts"]
 
         shares = [share_recalled(wrong=position) for position in range(1, length)]
         assert shares == [1.0] * (prompt - 1) + [0.0] * (length - prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from overtone.lab.edit.compared import COMPARED
 from overtone.lab.edit.easyedit.algorithms import ALGORITHMS
 from overtone.lab.edit.methods import METHODS
 from overtone.lab.edit.sessions import WeightSession
+from overtone.lab.model.sources import NamedModel
 from overtone.lab.model.training import ARCHITECTURES
 from overtone.lab.model.workplace import NotRestoredError, Workplace
 from overtone.lab.results.folder import EDITS, HEADER, ResultsFolder
@@ -29,6 +31,7 @@ from overtone.lab.run.run import Run
 from overtone.lab.run.settings import PRESETS, RunSettings, preset
 from overtone.lab.run.sharding import Shard
 from overtone.lab.run.task import SequenceTask
+from overtone.lab.score.completion import complete
 from overtone.token_loss import parse
 
 ALONE = Shard(0, 1)
@@ -78,7 +81,7 @@ def model(tmp_path_factory):
 
 def settings(model, **changes):
     grid = {"methods": ("ft-m",), "losses": ("cross_entropy", "overtone:hold=settled"), "lengths": (1, 2), "edits": 3}
-    return RunSettings(**{**grid, "fit_lengths": False, "model": model, **changes})
+    return RunSettings(**{**grid, "fit_lengths": False, "model": model, "at_once": 1, **changes})
 
 
 def begun(grid, out, shard=ALONE, command=("overtone", "bench")):
@@ -270,6 +273,61 @@ class TestResume:
             begun(settings(model, lengths=(1,)), tmp_path)
 
 
+class TestSharedPasses:
+    """What a named model's edits get unless they are asked for one by one."""
+
+    def test_measures_what_needs_no_generation(self, model, corpora, tmp_path):
+        finish(settings(model, at_once=None, lengths=(1,)), tmp_path)
+        header, records = stored(tmp_path)
+        assert all(record.scores.exact_match == {} and record.perplexity is None for record in records)
+        assert all(record.scores.begins.keys() == {"rel", "gen", "por", "loc"} for record in records)
+        assert header["models"][0]["perplexity"] is None
+
+    def test_a_rate_is_a_grid_of_its_own_with_its_settings_in_every_row(self, model, corpora, tmp_path):
+        changes = {"steps": 3, "layer": 1, "rank": 2, "alpha": 4, "target_modules": ("v_proj",)}
+        grid = settings(model, at_once=None, lengths=(1,), methods=("lora", "ft-m"), lrs=(1e-4, 1e-2), changes=changes)
+        finish(grid, tmp_path)
+        rows = {json.dumps(record.settings) for record in stored(tmp_path)[1]}
+        lora = {"steps": 3, "rank": 2, "alpha": 4, "target_modules": ["v_proj"]}
+        assert rows == {
+            json.dumps({"lr": lr, **own}) for lr in (1e-4, 1e-2) for own in (lora, {"steps": 3, "layer": 1})
+        }
+
+    def test_the_settings_are_those_of_easyedits_files_for_large_models(self, model, corpora, tmp_path):
+        found = Run(settings(model, methods=("lora", "ft-m")), tmp_path, shard=ALONE)
+        assert {task.method: task.settings.lr for task in found.plan.tasks} == {"lora": 5e-3, "ft-m": 5e-4}
+
+    def test_ranks_do_not_part_what_shares_a_pass(self, model, corpora, tmp_path):
+        grid = settings(model, at_once=2, lengths=(1,), edits=4)
+        shares = [begun(grid, tmp_path, Shard(rank, 2)).left() for rank in (0, 1)]
+        assert [sorted({task.sequence for task in share}) for share in shares] in ([[0, 1], [2, 3]], [[2, 3], [0, 1]])
+        assert all(len(share) == 4 for share in shares)
+
+    def test_what_is_finished_is_not_made_again(self, model, corpora, tmp_path):
+        grid = settings(model, at_once=2, lengths=(1,), edits=4)
+        started = begun(grid, tmp_path)
+        next(started.perform())
+        assert finish(grid, tmp_path)[0] == started.plan.edits - 1
+
+    def test_only_facts_that_the_model_knows(self, model, corpora, tmp_path, monkeypatch):
+        monkeypatch.setattr(NamedModel, "knows", lambda _, edits: [edit.target_new != " dan" for edit in edits])
+        found = Run(settings(model, lengths=(1,), only_known=True), tmp_path, shard=ALONE)
+        assert [task.edits[0].target_new for task in found.plan.tasks[::2]] == [" bo cy", " eve ana", " cy"]
+        with pytest.raises(
+            ValueError, match="count must be from 1 to 3, the edits of facts that the model knows, got 4"
+        ):
+            Run(settings(model, lengths=(1,), edits=4, only_known=True), tmp_path, shard=ALONE)
+
+    def test_knows_is_what_generation_begins_with(self, model):
+        source = NamedModel(model)
+        workplace = source.open(MiniCorpus(), 0).workplace
+        (said,) = complete(workplace.model, workplace.tokenizer, [mini_lab.edit().prompt], 1)
+        known = dataclasses.replace(mini_lab.edit(), target_old=f" {said}")
+        unknown = dataclasses.replace(mini_lab.edit(), target_old=" tea" if said != "tea" else " milk")
+        unnamed = dataclasses.replace(mini_lab.edit(), target_old="")
+        assert source.knows([unknown, known, unnamed]) == [False, True, False]
+
+
 class TestShards:
     def test_ranks_write_what_one_process_writes(self, model, corpora, tmp_path):
         """And the first one waits for the other; a number of ranks may go on with what another number has left."""
@@ -287,7 +345,7 @@ class TestShards:
 
 def bench_command(out, model, *extra):
     grid = ("--methods", "ft-m", "--losses", "cross_entropy", "overtone_held", "--lengths", "1,2", "--edits", "2")
-    return ["bench", "--out", str(out), "--model", model, *grid, *extra]
+    return ["bench", "--out", str(out), "--model", model, "--at-once", "1", *grid, *extra]
 
 
 class TestCommand:
@@ -372,7 +430,20 @@ class TestErrors:
             return perform(task, workplace)
 
         monkeypatch.setattr(SequenceTask, "perform", failing)
-        arguments = ("--model", model, "--methods", "ft-m", "--losses", "overtone", "--lengths", "1", "--edits", "2")
+        arguments = (
+            "--model",
+            model,
+            "--methods",
+            "ft-m",
+            "--losses",
+            "overtone",
+            "--lengths",
+            "1",
+            "--edits",
+            "2",
+            "--at-once",
+            "1",
+        )
         assert cli.main(["bench", "--out", str(tmp_path), "--workers", "1", *arguments]) == exit_code
         said = capsys.readouterr().err
         assert message in said

@@ -64,7 +64,7 @@ class TestPerformAll:
             "from types import SimpleNamespace\n"
             "from overtone.lab.run import workers\n"
             "def work(started):\n"
-            "    workers.Workplace.load = lambda source: SimpleNamespace(fingerprint='same')\n"
+            "    workers.Workplace.load = lambda source, **_: SimpleNamespace(fingerprint='same')\n"
             "    workers._start_worker('', 'same')\n"
             "    started.set()\n"
             "    time.sleep(600)\n"

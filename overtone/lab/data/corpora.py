@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from overtone.lab.data.corpus import Corpus
+from overtone.lab.data.counterfact import open_counterfact
 from overtone.lab.data.knowedit import open_wikibio, open_zsre
 from overtone.lab.data.mquake import open_mquake
+from overtone.lab.data.wikidata import open_wikidata_counterfact, open_wikidata_recent
 from overtone.lab.data.world_corpus import open_world
 from overtone.lab.registry import look_up
 
@@ -36,6 +38,9 @@ CORPORA: Mapping[str, Source] = {
     "zsre": Source("ZsRE", open_zsre, is_file=True),
     "wikibio": Source("WikiBio", open_wikibio, is_file=True),
     "mquake": Source("MQuAKE", open_mquake, is_file=True),
+    "counterfact": Source("CounterFact", open_counterfact, is_file=True),
+    "wikidata_recent": Source("WikiData recent", open_wikidata_recent, is_file=True),
+    "wikidata_counterfact": Source("WikiData counterfact", open_wikidata_counterfact, is_file=True),
 }
 """By name. The worlds have short targets, long ones, and edits judged on facts with several answers."""
 

@@ -14,6 +14,8 @@ class Probe:
     kind: str
     answer: str
     """What free-running generation is checked for: the target, or the end of its chain of thought."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the answer, which generation may give instead."""
 
     @property
     def text(self) -> str:
@@ -39,8 +41,9 @@ class Edit:
     """A counterfactual edit and the probes that judge it.
 
     ``portability`` targets are right in the edited world, ``locality`` targets in the unedited one; no probe depends on
-    any other edit of the same list, so that the list can also be made in a row. ``also`` holds further (prompt, target)
-    pairs that are part of the edit, and ``questions`` what is asked of the edited model in its own words.
+    any other edit of the same list, so that the list can also be made in a row. ``target_old`` is empty where nobody
+    says what the fact was before. ``also`` holds further (prompt, target) pairs that are part of the edit, and
+    ``questions`` what is asked of the edited model in its own words.
     """
 
     subject: str

@@ -78,7 +78,7 @@ class KnowEditCorpus:
         return take(edits, count, seed=seed, what=f"records of {self._name} in use that change an answer")
 
     def _told(self) -> dict[str, list[Probe]]:
-        edits = [case.edit for case in self._cases]
+        edits = [case.edit for case in self._cases if case.edit.target_old]
         return {
             "facts": [_probe(edit.prompt, edit.target_old, "fact") for edit in edits],
             "rephrasings": [

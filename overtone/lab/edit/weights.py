@@ -27,7 +27,7 @@ def open_down_projection(model: Any, *, layer: int | None = None) -> Iterator[li
     """
     weight = _down_projection(model, layer)
     saved = weight.detach().clone()
-    with _frozen(model):
+    with frozen(model):
         weight.requires_grad_(True)
         try:
             yield [weight]
@@ -70,7 +70,7 @@ def open_lora(
         target_modules=list(target_modules),
         fan_in_fan_out=is_gpt2,
     )
-    with _frozen(model):
+    with frozen(model):
         with torch.random.fork_rng(), warnings.catch_warnings():
             # PEFT asks transformers for an attribute that transformers has renamed.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -86,7 +86,7 @@ def open_lora(
 
 
 @contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def frozen(model: Any) -> Iterator[None]:
     """Evaluation mode (no dropout) and no weight that wants a gradient, as long as the context lasts."""
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}

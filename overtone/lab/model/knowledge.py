@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from overtone.lab.data.corpus import Corpus
 from overtone.lab.data.edit import Probe
+from overtone.lab.model.positions import Text, logits_at
 
 
 @dataclass(frozen=True)
@@ -40,37 +42,59 @@ class Knowledge:
             )
 
 
-def measure_knowledge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> Knowledge:
-    """How much of its corpus a model tells word for word, up to the full stop, under greedy generation."""
-    return Knowledge(
-        {group: share_recalled(model, tokenizer, probes) for group, probes in corpus.knowledge_probes().items()},
-        dict(corpus.knowledge_needed),
-    )
+def measure_knowledge(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, *, ends_with_answer: bool = True
+) -> Knowledge:
+    """How much of its corpus a model tells word for word under greedy generation.
+
+    Args:
+        model: what is asked.
+        tokenizer: its tokenizer.
+        corpus: what it is asked.
+        ends_with_answer: the full stop after the answer counts. A model that was not trained on the corpus may go on.
+    """
+    shares = {
+        group: share_recalled(model, tokenizer, probes, ends_with_answer=ends_with_answer)
+        for group, probes in corpus.knowledge_probes().items()
+    }
+    return Knowledge(shares, dict(corpus.knowledge_needed))
+
+
+def share_recalled(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    probes: Sequence[Probe],
+    *,
+    ends_with_answer: bool = True,
+) -> float:
+    """The share of probes that are `recalled`."""
+    return fmean(recalled(model, tokenizer, probes, ends_with_answer=ends_with_answer))
 
 
 @torch.no_grad()
-def share_recalled(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, probes: Sequence[Probe], batch: int = 128
-) -> float:
-    """The share of probes whose whole target and full stop greedy generation tells.
+def recalled(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    probes: Sequence[Probe],
+    *,
+    ends_with_answer: bool = True,
+    batch: int = 32,
+) -> list[bool]:
+    """Whether greedy generation tells each probe's whole target, and a full stop after it if that is asked for.
 
     It does if and only if each of their tokens is the most likely one after those before. So one forward pass over
     prompt and target decides, and nothing has to be generated.
     """
-    rows = []
+    texts = []
     for probe in probes:
-        prompt = tokenizer(probe.prompt).input_ids
-        rows.append((len(prompt), tokenizer(probe.prompt + probe.target.rstrip(".") + ".").input_ids))
-    rows.sort(key=lambda row: len(row[1]))
-    recalled = 0
-    for start in range(0, len(rows), batch):
-        chunk = rows[start : start + batch]
-        width = len(chunk[-1][1])
-        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for _, row in chunk])
-        ids = ids.to(model.device)
-        logits = model(ids, attention_mask=(ids != tokenizer.pad_token_id).long()).logits
-        hits = logits[:, :-1].argmax(-1) == ids[:, 1:]
-        recalled += sum(
-            bool(hit[begin - 1 : len(row) - 1].all()) for hit, (begin, row) in zip(hits, chunk, strict=True)
-        )
-    return recalled / len(rows)
+        end = probe.target.rstrip(".") + "." if ends_with_answer else probe.target
+        ids = torch.tensor(tokenizer(probe.prompt + end).input_ids)
+        texts.append(Text(ids, torch.arange(len(tokenizer(probe.prompt).input_ids) - 1, len(ids) - 1)))
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index].ids))
+    tells = [False] * len(texts)
+    for start in range(0, len(texts), batch):
+        rows = order[start : start + batch]
+        said = logits_at(model, [texts[row] for row in rows]).argmax(-1).cpu()
+        for row, tokens in zip(rows, said.split([len(texts[row].positions) for row in rows]), strict=True):
+            tells[row] = bool((tokens == texts[row].ids[texts[row].positions + 1]).all())
+    return tells

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Protocol
 import torch
 
 from overtone.lab.data.corpus import Corpus
-from overtone.lab.model.knowledge import measure_knowledge
+from overtone.lab.data.edit import Edit, Probe
+from overtone.lab.model.knowledge import measure_knowledge, recalled
 from overtone.lab.model.pretrain import LabModel, load_or_train
 from overtone.lab.model.training import ARCHITECTURES
 from overtone.lab.model.workplace import Workplace
@@ -25,11 +27,13 @@ class EditedModel:
         workplace: with the model and its tokenizer.
         source: folder or name from which other processes load the same model.
         title: what results say.
+        dtype: in which they load it, where that is not a matter of course.
     """
 
     workplace: Workplace
     source: str | Path
     title: str
+    dtype: str | None = None
 
 
 class ModelSource(Protocol):
@@ -81,31 +85,42 @@ class LabModels:
 
 
 class NamedModel:
-    """One causal language model of the Hugging Face hub, or of a folder, for every corpus and seed."""
+    """One causal language model of the Hugging Face hub, of a folder or of a GGUF file, for every corpus and seed."""
 
-    def __init__(self, name: str, device: str | None = None) -> None:
+    def __init__(self, name: str, device: str | None = None, *, dtype: str | None = None) -> None:
         """Name the model.
 
         Args:
-            name: on the hub, or of a folder.
+            name: on the hub, of a folder, or of a .gguf file.
             device: where to edit; None: on the GPU of this process where there is one.
+            dtype: of its weights, such as "bfloat16"; None: see `Workplace.load`.
         """
         self.name = name
+        self.dtype = dtype
         self.device = device or default_device()
 
     def open(self, corpus: Corpus, seed: int) -> EditedModel:
         """See `ModelSource`; nothing is demanded of what the model knows."""
         model = self._workplace.model
         dtype = str(model.dtype).removeprefix("torch.")
-        return EditedModel(self._workplace, self.name, f"{self.name}, {model.num_parameters():,} parameters, {dtype}")
+        title = f"{Path(self.name).name}, {model.num_parameters():,} parameters, {dtype}"
+        return EditedModel(self._workplace, self.name, title, self.dtype)
 
     def knowledge(self, corpus: Corpus, seed: int) -> dict[str, float]:
         """See `ModelSource`; measured now."""
-        return dict(measure_knowledge(self._workplace.model, self._workplace.tokenizer, corpus).shares)
+        known = measure_knowledge(self._workplace.model, self._workplace.tokenizer, corpus, ends_with_answer=False)
+        return dict(known.shares)
+
+    def knows(self, edits: Sequence[Edit]) -> list[bool]:
+        """Whether greedy generation after each edit's prompt begins with its old target; no, where it names none."""
+        probes = [Probe(edit.prompt, edit.target_old, "fact", edit.target_old.strip()) for edit in edits]
+        asked = [probe for probe in probes if probe.target]
+        known = iter(recalled(self._workplace.model, self._workplace.tokenizer, asked, ends_with_answer=False))
+        return [bool(probe.target) and next(known) for probe in probes]
 
     @cached_property
     def _workplace(self) -> Workplace:
-        return Workplace.load(self.name, self.device)
+        return Workplace.load(self.name, self.device, dtype=self.dtype)
 
 
 def default_device() -> str:

@@ -67,7 +67,8 @@ def document(
 
 def _model(model: Mapping[str, Any]) -> list[str]:
     known = ", ".join(f"{group} {share:.1%}" for group, share in model["knowledge"].items())
-    return [data_title(model["data"]), str(model["seed"]), model["title"], known, f"{model['perplexity']:.2f}"]
+    perplexity = "-" if model["perplexity"] is None else f"{model['perplexity']:.2f}"
+    return [data_title(model["data"]), str(model["seed"]), model["title"], known, perplexity]
 
 
 def _failures(failed: pd.DataFrame) -> Any:

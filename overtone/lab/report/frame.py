@@ -29,7 +29,9 @@ class Results:
     Attributes:
         header: of the results folder.
         edits: a row an edit: the fields of `EditRecord` that are texts or numbers, the accuracies of `ACCURACIES` and
-            their mean ``average``, ``exact match``, ``kl``, and ``trace``. NaN where an edit failed or has no probe.
+            their mean ``average``, ``por of others`` (without the edit's own target), ``exact match``, the shares of
+            answers that generation begins with (such as ``gen begins``), ``kl``, and ``trace``. NaN where an edit
+            failed, or nothing was measured.
         questions: the columns of ``edits`` with shares of questions answered.
         left_out: losses and seeds of the folder that were not asked for.
     """
@@ -76,6 +78,9 @@ def _row(record: EditRecord) -> dict[str, Any]:
     row["lr"] = record.settings.get("lr")
     if record.scores is not None:
         accuracy, exact = record.scores.accuracy, record.scores.exact_match
-        row |= {"kl": record.scores.kl, "average": fmean(accuracy.values()), "exact match": fmean(exact.values())}
+        row |= {"kl": record.scores.kl, "average": fmean(accuracy.values())}
+        row["exact match"] = fmean(exact.values()) if exact else None
         row |= {name: accuracy.get(name) for name in ACCURACIES}
+        row |= {f"{name} begins": record.scores.begins.get(name) for name in ("rel", "gen", "por")}
+        row["por of others"] = record.scores.por_of_others
     return row

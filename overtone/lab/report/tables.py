@@ -29,7 +29,10 @@ FEWEST_SEQUENCES = 3
 ENOUGH_UNITS = 6
 """Fewer units all agree in sign by chance in more than 5% of cases, whatever an interval over them says."""
 
-MEASURES = [*ACCURACIES, AVERAGE, "exact match", "kl", "perplexity", "steps"]
+BEGINS = ["rel begins", "gen begins", "por begins"]
+"""Shares of answers that greedy generation begins with, where nothing is generated."""
+
+MEASURES = [*ACCURACIES, AVERAGE, "por of others", *BEGINS, "exact match", "kl", "perplexity", "steps"]
 """Those of Tables 1 and 3; perplexities are averaged geometrically, as they are exponentials of a mean."""
 
 Rivals = Mapping[str, Callable[[str], bool]]

@@ -18,6 +18,7 @@ _MEASURES: Mapping[str, Column] = {
     **{name: COLUMNS[name] for name in ("rel", "gen", "por", "loc")},
     AVERAGE: replace(COLUMNS[AVERAGE], heading="Avg", interval_decimals=0),
     "exact match": replace(COLUMNS["exact match"], heading="Exact\nmatch"),
+    "gen begins": replace(COLUMNS["gen begins"], heading="Gen\nbegins"),
     "kl": COLUMNS["kl"],
     "steps": COLUMNS["steps"],
 }
@@ -33,17 +34,19 @@ def measures_of_single_edits(editing: pd.DataFrame) -> Table:
     table = _table(
         "Single edits",
         "Mean over single edits and its 95% bootstrap interval. Rel, Gen, Por, Loc: teacher-forced token accuracy in "
-        "%, Avg: their mean; Exact match: greedy generation, mean of the same four; KL: from the unedited model on "
-        "locality probes, in nats. The optimiser is the same for every loss.",
+        "%, Avg: their mean; Exact match: greedy generation, mean of the same four; Gen begins: greedy generation "
+        "after the rephrased prompt begins with the answer; KL: from the unedited model on locality probes, in nats. "
+        "The optimiser is the same for every loss.",
         padding=0,
     )
-    for column in _MEASURES.values():
+    shown = {name: column for name, column in _MEASURES.items() if name in own and own[name].notna().any()}
+    for column in shown.values():
         table.add_column(column.heading, justify="right", no_wrap=True)
     for (data, method, settings), rows in own.groupby(["data", "method", "settings"], sort=False, observed=True):
         table.add_section()
         table.add_row(f"[bold]{method_title(method)}[/bold] [dim]{data_title(data)}, {settings}[/dim]")
         for row in rows.to_dict("records"):
-            cells = [_with_interval(row, name, column) for name, column in _MEASURES.items()]
+            cells = [_with_interval(row, name, column) for name, column in shown.items()]
             table.add_row(loss_title(row["loss"]), *cells)
     return table
 

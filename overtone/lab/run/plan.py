@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -10,7 +10,8 @@ from random import Random
 from overtone.lab.data.corpora import CORPORA, open_corpus
 from overtone.lab.data.corpus import Corpus
 from overtone.lab.data.edit import Edit
-from overtone.lab.edit.methods import METHODS
+from overtone.lab.data.known import KnownFacts
+from overtone.lab.edit.methods import METHODS, MethodSettings
 from overtone.lab.edit.sessions import require_method, unsupported
 from overtone.lab.registry import look_up
 from overtone.lab.run.settings import RunSettings
@@ -41,8 +42,12 @@ class Plan:
         return sum(task.length for task in self.tasks)
 
 
-def make_plan(settings: RunSettings) -> Plan:
+def make_plan(settings: RunSettings, knows: Callable[[Sequence[Edit]], list[bool]] | None = None) -> Plan:
     """The tasks of a grid.
+
+    Args:
+        settings: the grid.
+        knows: says of edits whether the model knows what they replace; needed for `only_known`.
 
     Raises:
         ValueError: an unknown name, no name, too few edits in a corpus, a method that can minimise none of the losses,
@@ -56,6 +61,9 @@ def make_plan(settings: RunSettings) -> Plan:
         for data in settings.data:
             corpus = open_corpus(data, seed=seed, path=path_of(settings, data), size=size_of(settings, data))
             plan.corpora[data, seed] = corpus
+            if settings.only_known:
+                assert knows is not None
+                plan.corpora[data, seed] = KnownFacts(corpus, knows)
             plan.tasks += _tasks(settings, plan, data, seed, pairs)
     if not plan.tasks:
         raise ValueError(f"there is nothing to do: {'; '.join(plan.left_out)}")
@@ -82,9 +90,18 @@ def _check(settings: RunSettings) -> None:
     for argument in ("data", "seeds", "methods", "losses", "lengths"):
         if not getattr(settings, argument):
             raise ValueError(f"{argument} is empty: name at least one")
-    for argument, least in (("lengths", min(settings.lengths)), ("edits", settings.edits)):
+    whole = {name: settings.changes[name] for name in ("steps", "rank", "alpha") if name in settings.changes}
+    at_least_1 = {"lengths": min(settings.lengths), "edits": settings.edits, "at_once": settings.sharing, **whole}
+    for argument, least in at_least_1.items():
         if least < 1:
             raise ValueError(f"{argument} must be at least 1, got {least}")
+    for lr in settings.lrs:
+        if not 0 < lr < float("inf"):
+            raise ValueError(f"lr must be a number above 0, got {lr}")
+    if settings.model is None and settings.only_known:
+        raise ValueError("only_known is for a named model: the lab's small models were trained on the facts")
+    if settings.model is None and settings.dtype is not None:
+        raise ValueError(f"dtype is {settings.dtype}, but the lab's small models have float32: name a model")
     look_up(CORPORA, "corpus", settings.data)
     for method in settings.methods:
         require_method(method)
@@ -112,20 +129,29 @@ def _tasks(
     traced = settings.methods[0], settings.seeds[0], 1
     for length in settings.lengths:
         for number, edits in enumerate(_sequences(settings, plan, data, seed, length)):
-            for method, loss in pairs:
+            for method, chosen, loss in ((m, chosen, loss) for m, loss in pairs for chosen in _settings(settings, m)):
                 is_own = method in METHODS
                 yield SequenceTask(
                     data=data,
                     seed=seed,
                     method=method,
-                    settings=METHODS[method].settings if is_own else None,
+                    settings=chosen,
                     loss=loss,
                     sequence=number,
                     edits=edits,
                     held_out_texts=unseen,
                     known_texts=() if is_own else known,
-                    is_traced=is_own and (method, seed, length) == traced,
+                    is_traced=settings.sharing == 1 and is_own and (method, seed, length) == traced,
                 )
+
+
+def _settings(settings: RunSettings, method: str) -> list[MethodSettings | None]:
+    """What an editor sets of a method: once for each learning rate; None where EasyEdit's files decide."""
+    if method not in METHODS:
+        return [None]
+    rates = [{"lr": lr} for lr in settings.lrs] or [{}]
+    is_large = settings.model is not None
+    return [METHODS[method].changed({**settings.changes, **rate}, is_large=is_large) for rate in rates]
 
 
 def _sequences(settings: RunSettings, plan: Plan, data: str, seed: int, length: int) -> list[tuple[Edit, ...]]:

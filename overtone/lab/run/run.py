@@ -25,6 +25,7 @@ from overtone.lab.run.plan import HELD_OUT_TEXTS, Plan, held_out_texts, make_pla
 from overtone.lab.run.settings import RunSettings
 from overtone.lab.run.sharding import Shard
 from overtone.lab.run.task import SequenceTask
+from overtone.lab.run.together import TogetherTask, together
 from overtone.lab.run.workers import one_thread, perform_all
 from overtone.lab.score.perplexity import perplexity
 
@@ -53,10 +54,11 @@ class Run:
         self._source: ModelSource = (
             LabModels(settings.arch, show_progress=self.shard.rank == 0)
             if settings.model is None
-            else NamedModel(settings.model)
+            else NamedModel(settings.model, dtype=settings.dtype)
         )
         self._check_workers()
-        self.plan: Plan = make_plan(settings)
+        knows = self._source.knows if isinstance(self._source, NamedModel) else None
+        self.plan: Plan = make_plan(settings, knows)
         require_writable(out)
 
     def open_models(self) -> list[dict[str, Any]]:
@@ -100,7 +102,13 @@ class Run:
 
     def left(self) -> list[SequenceTask]:
         """This process' tasks that are not on disk yet."""
-        mine = self.shard.share(self.plan.tasks, cost=lambda task: task.length)
+        if self.settings.sharing == 1:
+            mine = self.shard.share(self.plan.tasks, cost=lambda task: task.length)
+        else:
+            # What shares a pass stays together.
+            groups = together(self.plan.tasks, self.settings.sharing)
+            shares = self.shard.share(groups, cost=lambda group: sum(task.length for task in group.tasks))
+            mine = [task for group in shares for task in group.tasks]
         return [task for task in mine if not self.results.has(task.key)]
 
     def perform(self) -> Iterator[int]:
@@ -109,9 +117,17 @@ class Run:
             # The longest first, so that no worker is left alone with one at the end.
             tasks = sorted(group, key=lambda task: -task.length)
             model = self._source.open(self.plan.corpora[data, seed], seed)
-            for records in perform_all(model.workplace, model.source, tasks, workers=self._workers):
+            for records in perform_all(
+                model.workplace, model.source, self._performable(tasks), workers=self._workers, dtype=model.dtype
+            ):
                 self.results.write(records)
                 yield len(records)
+
+    def _performable(self, tasks: list[SequenceTask]) -> list[SequenceTask | TogetherTask]:
+        if self.settings.sharing == 1:
+            return [*tasks]
+        own = [task for task in tasks if task.method in METHODS]
+        return [*together(own, self.settings.sharing), *(task for task in tasks if task.method not in METHODS)]
 
     def finished(self) -> int:
         """How many edits of the grid are on disk, of whichever process."""
@@ -150,7 +166,9 @@ class Run:
         workplace = model.workplace
         with one_thread():
             knowledge = self._source.knowledge(corpus, seed)
-            before = perplexity(workplace.model, workplace.tokenizer, held_out_texts(corpus, seed))
+            # Where edits share passes the edited models' perplexity is not measured, so nothing compares with this.
+            texts = held_out_texts(corpus, seed) if self.settings.sharing == 1 else ()
+            before = perplexity(workplace.model, workplace.tokenizer, texts) if texts else None
         return {
             "data": data,
             "seed": seed,
@@ -167,7 +185,12 @@ class Run:
         corpus = self.plan.corpora[data, seed]
         model = self._source.open(corpus, seed)
         for method in self.settings.methods:
-            with open_session(model.workplace, method, None, 0, corpus.training_texts()):
+            chosen = (
+                METHODS[method].changed(self.settings.changes, is_large=self.settings.model is not None)
+                if method in METHODS
+                else None
+            )
+            with open_session(model.workplace, method, chosen, 0, corpus.training_texts()):
                 pass
 
     def _versions(self) -> dict[str, str]:

@@ -30,6 +30,13 @@ class RunSettings:
         size: how many records of such a file a small model is to know; None: the corpus' own default.
         model: name or folder of the model to edit; None: a small one trained on each corpus.
         arch: of the small models, a key of `overtone.lab.model.training.ARCHITECTURES`.
+        lrs: learning rates, each a grid of its own; none: the method's.
+        changes: of the methods' other settings, by the names of `overtone.lab.edit.methods.MethodSettings`. Each method
+            takes those that it has.
+        at_once: how many edits of the lab's own methods share a pass. From 2 on only what needs no generation is
+            measured, which is what a large model can be asked in minutes. None: 8 for a named model, else 1.
+        only_known: edit only facts whose old answer the model begins with, after the edit's own prompt.
+        dtype: of the weights of a named model, such as "bfloat16"; None: float32 on the CPU, elsewhere as stored.
     """
 
     data: tuple[str, ...] = ("short",)
@@ -43,6 +50,16 @@ class RunSettings:
     size: int | None = None
     model: str | None = None
     arch: str = "llama"
+    lrs: tuple[float, ...] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    at_once: int | None = None
+    only_known: bool = False
+    dtype: str | None = None
+
+    @property
+    def sharing(self) -> int:
+        """How many edits share a pass."""
+        return self.at_once or (1 if self.model is None else 8)
 
 
 _BEYOND_THE_PAPER = ("overtone:lam=0.5+hold=correct,0.1", "overtone:lam=0.5+hold=correct,0.2")
@@ -76,5 +93,7 @@ def preset(name: str, *, paths: Mapping[str, str], **changes: Any) -> RunSetting
         ValueError: an unknown name.
     """
     (settings,) = look_up(PRESETS, "preset", [name])
-    data = tuple(dict.fromkeys((*changes.pop("data", settings.data), *paths)))
+    # What a named model knows of an invented world is nothing.
+    worlds = () if changes.get("model") and paths else settings.data
+    data = tuple(dict.fromkeys((*changes.pop("data", worlds), *paths)))
     return replace(settings, data=data, paths=paths, **{"fit_lengths": "lengths" not in changes, **changes})

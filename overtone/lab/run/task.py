@@ -89,7 +89,7 @@ class SequenceTask:
         # Whatever an edit fails of, the others can still be made, once the model is known to be as before.
         except Exception as error:
             logger.warning("%s failed: %s", self.key, error)
-            records = [self._failed(position, error) for position in range(self.length)]
+            records = self.failed(error)
         workplace.require_restored(self.method)
         return records
 
@@ -103,22 +103,22 @@ class SequenceTask:
             if tracer is not None:
                 tracer.record(fitted[-1].steps)
             scores = [
-                _with_finite_kl(score(session.model, workplace.tokenizer, examination)) for examination in examinations
+                with_finite_kl(score(session.model, workplace.tokenizer, examination)) for examination in examinations
             ]
             answers = [
                 ask(session.model, workplace.tokenizer, edit, self.seed) if edit.questions else {}
                 for edit in self.edits
             ]
-            after = perplexity(session.model, workplace.tokenizer, self.held_out_texts)
+            after = perplexity(session.model, workplace.tokenizer, self.held_out_texts) if self.held_out_texts else None
         trace = None if tracer is None else tracer.trace
         # A results file cannot hold NaN or infinity, and no mean could be taken over them.
         json.dumps([*map(asdict, scores), answers, None if trace is None else asdict(trace)], allow_nan=False)
         return [
-            self._record(
+            self.record(
                 position,
                 scores=scores[position],
                 answers=answers[position],
-                perplexity=after if math.isfinite(after) else None,
+                perplexity=None if after is None or not math.isfinite(after) else after,
                 steps=fit.steps,
                 ended=fit.ended,
                 seconds=fit.seconds,
@@ -127,10 +127,12 @@ class SequenceTask:
             for position, fit in enumerate(fitted)
         ]
 
-    def _failed(self, position: int, error: Exception) -> EditRecord:
-        return self._record(position, error=f"{type(error).__name__}: {error}")
+    def failed(self, error: Exception) -> list[EditRecord]:
+        """The records that say why no edit of the sequence counts."""
+        return [self.record(position, error=f"{type(error).__name__}: {error}") for position in range(self.length)]
 
-    def _record(self, position: int, **values: Any) -> EditRecord:
+    def record(self, position: int, **values: Any) -> EditRecord:
+        """The record of one of the edits, with these fields beside those that the task knows."""
         edit = self.edits[position]
         return EditRecord(
             data=self.data,
@@ -149,7 +151,8 @@ class SequenceTask:
         )
 
 
-def _with_finite_kl(scores: Scores) -> Scores:
+def with_finite_kl(scores: Scores) -> Scores:
+    """The scores as a results file can hold them."""
     return scores if scores.kl is None or math.isfinite(scores.kl) else replace(scores, kl=None)
 
 

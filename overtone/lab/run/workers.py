@@ -16,12 +16,18 @@ import torch
 from overtone.lab.model.workplace import Workplace
 from overtone.lab.results.record import EditRecord
 from overtone.lab.run.task import SequenceTask
+from overtone.lab.run.together import TogetherTask
 
 
 def perform_all(
-    workplace: Workplace, source: str | Path, tasks: Sequence[SequenceTask], *, workers: int = 1
+    workplace: Workplace,
+    source: str | Path,
+    tasks: Sequence[SequenceTask | TogetherTask],
+    *,
+    workers: int = 1,
+    dtype: str | None = None,
 ) -> Iterator[list[EditRecord]]:
-    """Perform tasks and yield the records of each as it finishes.
+    """Perform tasks and yield the records of each sequence when its task is finished.
 
     Every task computes on one thread, so the results do not depend on the number of workers. Closing the iterator, or
     an exception such as Ctrl-C, ends the workers after the task that each has at hand.
@@ -31,21 +37,22 @@ def perform_all(
         source: folder or name of the same model and tokenizer, from which further workers load theirs.
         tasks: what to do; with more than one worker they finish in any order.
         workers: processes; 1 works in this one.
+        dtype: in which further workers load the model (see `Workplace.load`).
     """
     workers = min(workers, len(tasks))
     if workers <= 1:
         with one_thread():
             for task in tasks:
-                yield task.perform(workplace)
+                yield from _sequences(task, workplace)
         return
     # Spawned, not forked: a fork of a process whose thread pools have run may wait for their locks for ever.
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(source, workplace.fingerprint)
+        workers, mp_context=context, initializer=_start_worker, initargs=(source, workplace.fingerprint, dtype)
     )
     try:
         for future in as_completed([executor.submit(_perform, task) for task in tasks]):
-            yield future.result()
+            yield from future.result()
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -53,7 +60,7 @@ def perform_all(
 _workplace: Workplace
 
 
-def _start_worker(source: str | Path, expected_fingerprint: str) -> None:
+def _start_worker(source: str | Path, expected_fingerprint: str, dtype: str | None = None) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     # Ctrl-C reaches every process of the terminal; the parent alone decides what it means.
@@ -62,7 +69,7 @@ def _start_worker(source: str | Path, expected_fingerprint: str) -> None:
     torch.set_num_threads(1)
     global _workplace
     disable_progress_bar()
-    _workplace = Workplace.load(source)
+    _workplace = Workplace.load(source, dtype=dtype)
     if _workplace.fingerprint != expected_fingerprint:
         raise RuntimeError(f"the model in {source} is not the one that the run began with")
 
@@ -79,8 +86,12 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _perform(task: SequenceTask) -> list[EditRecord]:
-    return task.perform(_workplace)
+def _perform(task: SequenceTask | TogetherTask) -> list[list[EditRecord]]:
+    return _sequences(task, _workplace)
+
+
+def _sequences(task: SequenceTask | TogetherTask, workplace: Workplace) -> list[list[EditRecord]]:
+    return [task.perform(workplace)] if isinstance(task, SequenceTask) else task.perform(workplace)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ argmax is the unedited model's. A measure is the mean over its kinds of probes, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -32,10 +32,14 @@ class Scores:
         exact_match: measure to the share of probes that free-running greedy generation answers exactly (locality: that
             it completes as the unedited model does).
         p_new: probability of the whole new target after the edited prompt.
-        p_old: probability of the whole old target after the edited prompt.
+        p_old: probability of the whole old target after the edited prompt; None where the edit names none.
         kl: KL(unedited || edited) of next-token distributions in nats, mean over the target tokens of a locality
             probe, over a kind's probes, over kinds; None without locality probes, and in results where it is not
             finite.
+        begins: measure to the share of probes whose answer greedy generation begins with, token for token (locality:
+            that it agrees with the unedited model as far as the answer goes).
+        por_of_others: portability without the probes whose answer is the edit's own target, which a model that says
+            the target everywhere gets right; None where none is left.
 
     A measure or kind without probes is left out of its dictionary.
     """
@@ -44,8 +48,10 @@ class Scores:
     accuracy_by_kind: dict[str, float]
     exact_match: dict[str, float]
     p_new: float
-    p_old: float
+    p_old: float | None
     kl: float | None
+    begins: dict[str, float] = field(default_factory=dict)
+    por_of_others: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Examination:
     Attributes:
         probes: the edited prompt first, then generality, portability and locality.
         measures: which of `MEASURES` a probe counts towards.
-        batch: the probes' texts, and after them the edited prompt with the old target.
+        batch: the probes' texts, and after them the edited prompt with the old target, where there is one.
         unedited: the unedited model's log-probabilities (N, V) at the N target tokens of every text.
         unedited_completions: what it says after every probe's prompt.
         max_new_tokens: how far completions go.
@@ -83,7 +89,9 @@ def examine(model: Any, tokenizer: Any, edit: Edit) -> Examination:
     groups = ((rewrite,), edit.generality, edit.portability, edit.locality)
     probes = tuple(probe for group in groups for probe in group)
     measures = tuple(measure for measure, group in zip(MEASURES, groups, strict=True) for _ in group)
-    pairs = [*((probe.prompt, probe.target) for probe in probes), (edit.prompt, edit.target_old)]
+    pairs = [(probe.prompt, probe.target) for probe in probes]
+    if edit.target_old:
+        pairs.append((edit.prompt, edit.target_old))
     batch = encode_targets(tokenizer, pairs, model.device)
     # Room for the closing full stop and the end-of-sequence token: an answer that runs on is not an exact match.
     max_new_tokens = max(map(len, batch.targets)) + 2
@@ -123,7 +131,7 @@ def score(model: Any, tokenizer: Any, examination: Examination) -> Scores:
         accuracy_by_kind=accuracy.by_kind(),
         exact_match=exact_match.by_measure(),
         p_new=sequence_probability(forced[0], targets[0]),
-        p_old=sequence_probability(forced[-1], targets[-1]),
+        p_old=sequence_probability(forced[-1], targets[-1]) if len(targets) > len(examination.probes) else None,
         kl=divergence.by_measure().get("loc"),
     )
 

@@ -1,0 +1,62 @@
+"""Losses that one run of an edit serves: they differ in nothing but the moment at which they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from overtone.functional import ground_truth_check
+from overtone.hold import NEVER
+from overtone.lab.edit.many import FittedEdit, Job, Snapshot, target_job
+from overtone.lab.model.targets import IGNORE_INDEX, TargetBatch
+from overtone.token_loss import LossSpec
+
+
+def families(losses: Iterable[LossSpec]) -> list[list[LossSpec]]:
+    """The losses in groups whose edits take the same steps until they are held."""
+    groups: dict[tuple[object, ...], list[LossSpec]] = {}
+    for loss in losses:
+        groups.setdefault(_steps(loss), []).append(loss)
+    return list(groups.values())
+
+
+def _steps(loss: LossSpec) -> tuple[object, ...]:
+    if loss.kind not in ("cross_entropy", "overtone"):
+        return (loss.name,)
+    fields = tuple((name, value) for name, value in loss.fields.items() if name != "hold")
+    hold = loss.fields.get("hold")
+    words = hold if isinstance(hold, (tuple, list)) else (hold,)
+    # OverTone's hold on first choices also keeps clipped tokens from settling, which changes its steps.
+    return (loss.kind, fields, loss.kind == "overtone" and "correct" in words)
+
+
+class Family:
+    """One run of an edit for several losses, which goes on until the last of them is held."""
+
+    def __init__(self, losses: Iterable[LossSpec], method: str) -> None:
+        """Take the losses of one of `families`, and the method whose settings they have."""
+        self._losses = {loss.name: loss.build(method) for loss in losses}
+
+    def job(self, batch: TargetBatch, start: Tensor) -> Job:
+        """The run, from the weights before the edit."""
+        first, *others = self._losses.values()
+        if not others:
+            return target_job(batch, first.mean, start)
+        labels = batch.labels[batch.labels != IGNORE_INDEX]
+        distance_of = first.distance or first.token_loss
+
+        @torch.no_grad()
+        def held(_: float, logits: Tensor) -> list[str]:
+            distance, correct = distance_of(logits, labels), ground_truth_check(logits, labels)
+            return [n for n, loss in self._losses.items() if loss.hold.is_met(distance, loss.epsilon, correct)]
+
+        # A loss without a hold never is, and so takes all steps.
+        return target_job(batch, replace(first, hold=NEVER).mean, start, watch=held, until=self._losses)
+
+    def results(self, fitted: FittedEdit) -> dict[str, tuple[Snapshot, str]]:
+        """For each loss, the weights with which its edit ends, and how it ends."""
+        end = Snapshot(fitted.weights, fitted.steps), fitted.ended
+        return {name: (fitted.snapshots[name], "held") if name in fitted.snapshots else end for name in self._losses}

@@ -1,0 +1,259 @@
+"""Probes of many edited models in padded passes, with logits only where something is measured.
+
+Rel, Gen, Por and Loc are those of `overtone.lab.score.scores`. Beside them stands the share of answers that greedy
+generation would begin with. That needs no generation: it does so exactly where every token of the answer is the argmax
+given the true tokens before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from overtone.lab.data.edit import Edit, Probe
+from overtone.lab.edit.many import OpenedWeights, target_texts
+from overtone.lab.model.positions import Capture, Text, logits_at
+from overtone.lab.model.targets import encode_targets
+from overtone.lab.score.answers import normalised
+from overtone.lab.score.scores import MEASURES, Scores, kl_divergence, sequence_probability
+
+
+@dataclass(frozen=True)
+class ProbeScore:
+    """What an edited model makes of one probe.
+
+    Attributes:
+        measure: which of `MEASURES` the probe counts towards.
+        kind: of the probe.
+        accuracy: the share of target tokens that are the argmax, given the true tokens before them; for locality, the
+            share of positions whose argmax is the unedited model's.
+        begins: all of them are, so greedy generation begins with the target (for locality: agrees with the unedited
+            model as far as the target goes).
+        is_new_target: the probe's answer is the edit's own new target, as normalised text.
+        kl: KL(unedited || edited) in nats, mean over the target tokens of a locality probe; None elsewhere.
+    """
+
+    measure: str
+    kind: str
+    accuracy: float
+    begins: bool
+    is_new_target: bool
+    kl: float | None
+
+
+@dataclass(frozen=True)
+class EditScores:
+    """One edit, scored.
+
+    Attributes:
+        probes: in the order of the exam.
+        p_new: probability of the whole new target after the edited prompt.
+        p_old: probability of the whole old target after the edited prompt; None where the edit names none.
+        says_old: greedy generation after the edited prompt begins with the old target; None where the edit names none.
+            Of the unedited model's scores this says whether it knew the fact.
+    """
+
+    probes: tuple[ProbeScore, ...]
+    p_new: float
+    p_old: float | None
+    says_old: bool | None
+
+    def accuracy(self, *, without_new_target: bool = False) -> dict[str, float]:
+        """Measure to accuracy: the mean over its kinds of probes of the mean over a kind's probes.
+
+        Args:
+            without_new_target: leave out portability probes whose answer is the edit's own target, which a model that
+                says the target everywhere gets right.
+        """
+        return self._means(lambda probe: probe.accuracy, without_new_target)
+
+    def begins(self, *, without_new_target: bool = False) -> dict[str, float]:
+        """Measure to the share of probes whose answer generation begins with, averaged in the same way."""
+        return self._means(lambda probe: float(probe.begins), without_new_target)
+
+    @property
+    def kl(self) -> float | None:
+        """KL on locality in nats, averaged in the same way; None without locality probes."""
+        return _mean_over_kinds((probe.kind, probe.kl) for probe in self.probes if probe.kl is not None)
+
+    def summary(self) -> Scores:
+        """The scores as results have them; what needs a generation is empty."""
+        kinds = {(probe.measure, probe.kind) for probe in self.probes}
+        by_kind = {
+            f"{measure}.{kind}": fmean(
+                probe.accuracy for probe in self.probes if (probe.measure, probe.kind) == (measure, kind)
+            )
+            for measure, kind in sorted(kinds)
+        }
+        return Scores(
+            accuracy=self.accuracy(),
+            accuracy_by_kind=by_kind,
+            exact_match={},
+            p_new=self.p_new,
+            p_old=self.p_old,
+            kl=self.kl,
+            begins=self.begins(),
+            por_of_others=self.accuracy(without_new_target=True).get("por"),
+        )
+
+    def _means(self, value: Callable[[ProbeScore], float], without_new_target: bool) -> dict[str, float]:
+        means = {}
+        for measure in MEASURES:
+            of_measure = [probe for probe in self.probes if probe.measure == measure]
+            if without_new_target and measure == "por":
+                of_measure = [probe for probe in of_measure if not probe.is_new_target]
+            mean = _mean_over_kinds((probe.kind, value(probe)) for probe in of_measure)
+            if mean is not None:
+                means[measure] = mean
+        return means
+
+
+@dataclass(frozen=True)
+class Exam:
+    """An edit's probes, tokenised once, with what does not change from one edited model to the next.
+
+    Attributes:
+        probes: the edited prompt first, then generality, portability and locality.
+        measures: which of `MEASURES` a probe counts towards.
+        is_new_target: whether a probe's answer is the edit's own.
+        texts: the probes' texts, and after them the edited prompt with the old target, where the edit names one.
+        labels: the target tokens of each text.
+        prepared: for each text, what the opened weights prepare.
+        unedited: (M, D), the unedited model's inputs of the output layer at the M locality positions, which hold its
+            predictions in a hundredth of the space of its logits.
+    """
+
+    probes: tuple[Probe, ...]
+    measures: tuple[str, ...]
+    is_new_target: tuple[bool, ...]
+    texts: tuple[Text, ...]
+    labels: tuple[Tensor, ...]
+    prepared: tuple[Any, ...]
+    unedited: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Of its texts, padded to the longest."""
+        return len(self.texts) * max(len(text.ids) for text in self.texts)
+
+
+@torch.no_grad()
+def examine_many(model: Any, tokenizer: Any, opened: OpenedWeights, edits: Iterable[Edit]) -> list[Exam]:
+    """Tokenise the probes of edits and record what the unedited model makes of their locality probes.
+
+    Args:
+        model: the unedited model, in evaluation mode.
+        tokenizer: its tokenizer.
+        opened: the weights that will be edited.
+        edits: what will be edited.
+    """
+    return [_examine(model, tokenizer, opened, edit) for edit in edits]
+
+
+def _examine(model: Any, tokenizer: Any, opened: OpenedWeights, edit: Edit) -> Exam:
+    rewrite = Probe(edit.prompt, edit.target_new, "rewrite", edit.target_new.strip())
+    groups = ((rewrite,), edit.generality, edit.portability, edit.locality)
+    probes = tuple(probe for group in groups for probe in group)
+    measures = tuple(measure for measure, group in zip(MEASURES, groups, strict=True) for _ in group)
+    pairs = [(probe.prompt, probe.target) for probe in probes]
+    if edit.target_old:
+        pairs.append((edit.prompt, edit.target_old))
+    batch = encode_targets(tokenizer, pairs, model.device)
+    texts = tuple(target_texts(batch))
+    kept = [text for text, measure in zip(texts, measures, strict=False) if measure == "loc"]
+    capture = Capture()
+    if kept:
+        logits_at(model, kept, capture=capture)
+    return Exam(
+        probes=probes,
+        measures=measures,
+        is_new_target=tuple(normalised(probe.answer) == normalised(edit.target_new) for probe in probes),
+        texts=texts,
+        labels=batch.targets,
+        prepared=tuple(opened.prepare(texts)),
+        unedited=torch.cat(capture.hidden) if kept else torch.empty(0, model.config.hidden_size, device=model.device),
+    )
+
+
+@torch.no_grad()
+def score_many(
+    model: Any,
+    opened: OpenedWeights,
+    examined: Sequence[tuple[Exam, Tensor]],
+    *,
+    tokens_at_once: int = 2048,
+) -> list[EditScores]:
+    """Score edited weights, several edits in a pass.
+
+    Args:
+        model: the unedited model, in evaluation mode.
+        opened: the weights that were edited.
+        examined: (exam, weights) of each edit; the same exam may stand there with many weights.
+        tokens_at_once: how many tokens, padding included, a pass has at most; an exam with more has one of its own.
+    """
+    scores: list[EditScores] = []
+    for group in _passes(examined, tokens_at_once):
+        texts = [text for exam, _ in group for text in exam.texts]
+        rows = [len(exam.texts) for exam, _ in group]
+        prepared = [part for exam, _ in group for part in exam.prepared]
+        unedited = torch.cat([exam.unedited for exam, _ in group])
+        with opened.applied([weights for _, weights in group], rows, prepared):
+            logits = logits_at(model, texts, further_hidden=unedited)
+        parts = iter(logits.split([len(labels) for exam, _ in group for labels in exam.labels] + [len(unedited)]))
+        own = [[next(parts) for _ in exam.texts] for exam, _ in group]
+        kept = iter(next(parts).split([len(exam.unedited) for exam, _ in group]))
+        scores += [_score(exam, forced, next(kept)) for (exam, _), forced in zip(group, own, strict=True)]
+    return scores
+
+
+def _passes(examined: Sequence[tuple[Exam, Tensor]], tokens_at_once: int) -> Iterator[list[tuple[Exam, Tensor]]]:
+    group: list[tuple[Exam, Tensor]] = []
+    for item in examined:
+        rows = sum(len(exam.texts) for exam, _ in (*group, item))
+        longest = max(len(text.ids) for exam, _ in (*group, item) for text in exam.texts)
+        if group and rows * longest > tokens_at_once:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
+
+
+def _score(exam: Exam, forced: Sequence[Tensor], unedited: Tensor) -> EditScores:
+    own_unedited = iter(
+        unedited.split([len(labels) for labels, m in zip(exam.labels, exam.measures, strict=False) if m == "loc"])
+    )
+    probes = []
+    for row, (probe, measure) in enumerate(zip(exam.probes, exam.measures, strict=True)):
+        divergence, wanted = None, exam.labels[row]
+        if measure == "loc":
+            before = next(own_unedited)
+            wanted = before.argmax(dim=-1)
+            divergence = kl_divergence(before.float().log_softmax(dim=-1), forced[row].float().log_softmax(dim=-1))
+        hits = forced[row].argmax(dim=-1) == wanted
+        probes.append(
+            ProbeScore(
+                measure, probe.kind, hits.float().mean().item(), bool(hits.all()), exam.is_new_target[row], divergence
+            )
+        )
+    p_old, says_old = None, None
+    if len(forced) > len(probes):
+        p_old = _probability(forced[-1], exam.labels[-1])
+        says_old = bool((forced[-1].argmax(dim=-1) == exam.labels[-1]).all())
+    return EditScores(tuple(probes), _probability(forced[0], exam.labels[0]), p_old, says_old)
+
+
+def _probability(logits: Tensor, labels: Tensor) -> float:
+    return sequence_probability(logits.float().log_softmax(dim=-1), labels)
+
+
+def _mean_over_kinds(values: Iterable[tuple[str, float]]) -> float | None:
+    kinds: dict[str, list[float]] = {}
+    for kind, value in values:
+        kinds.setdefault(kind, []).append(value)
+    return fmean(fmean(of_kind) for of_kind in kinds.values()) if kinds else None

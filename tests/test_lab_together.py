@@ -1,0 +1,116 @@
+"""A grid whose edits share passes: the numbers of the same grid made edit by edit, also after a failure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import mini_lab
+import pytest
+
+from overtone.lab.edit.families import Family, families
+from overtone.lab.edit.methods import METHODS
+from overtone.lab.model.targets import encode_targets
+from overtone.lab.model.workplace import Workplace
+from overtone.lab.run import together as together_module
+from overtone.lab.run.task import SequenceTask
+from overtone.lab.run.together import together
+from overtone.token_loss import parse
+
+LOSSES = [
+    *("cross_entropy", "cross_entropy:hold=0.5", "cross_entropy:hold=2", "cross_entropy:hold=correct"),
+    *("overtone:epsilon=0.5", "overtone:epsilon=0.5+hold=settled", "overtone:epsilon=0.5+hold=correct,1.0"),
+    *("label_smoothing:smoothing=0.2", "overtone:dynamic=false+hold=settled"),
+]
+
+
+@pytest.fixture
+def workplace():
+    return Workplace(mini_lab.random_model().double(), mini_lab.tokenizer())
+
+
+def edits():
+    first = mini_lab.edit()
+    return [
+        first,
+        dataclasses.replace(first, prompt="ana likes", target_new=" milk", target_old=" rain"),
+        dataclasses.replace(first, prompt="zed runs", target_new=" eve ana", target_old="", locality=()),
+        dataclasses.replace(first, prompt="dan is led by", target_new=" cy", portability=()),
+    ]
+
+
+def grid(method, length=1, losses=LOSSES):
+    settings = METHODS[method].changed({"lr": 0.02, "steps": 8})
+    made = edits()
+    return [
+        SequenceTask(
+            "short",
+            0,
+            method,
+            settings,
+            parse(loss).name,
+            number,
+            tuple(made[number * length :][:length]),
+            ("bo cy likes tea",),
+        )
+        for loss in losses
+        for number in range(len(made) // length)
+    ]
+
+
+def by_key(sequences):
+    return {records[0].key: records for records in sequences}
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("method", ["lora", "ft-m"])
+def test_records_are_those_of_the_edits_made_one_by_one(workplace, method, length):
+    tasks = grid(method, length, LOSSES if length == 1 else LOSSES[1:6:2])
+    shared = by_key(records for task in together(tasks, at_once=3) for records in task.perform(workplace))
+    alone = by_key(task.perform(workplace) for task in tasks)
+    assert shared.keys() == alone.keys()
+    assert {record.ended for records in shared.values() for record in records} == {"steps", "held"}
+    for key, records in shared.items():
+        for made, expected in zip(records, alone[key], strict=True):
+            assert (made.steps, made.ended, made.index) == (expected.steps, expected.ended, expected.index), key
+            assert made.scores.accuracy == pytest.approx(expected.scores.accuracy)
+            assert made.scores.accuracy_by_kind == pytest.approx(expected.scores.accuracy_by_kind)
+            assert made.scores.p_new == pytest.approx(expected.scores.p_new, rel=1e-4)
+            assert (made.scores.kl or 0) == pytest.approx(expected.scores.kl or 0, rel=1e-4)
+            assert made.scores.exact_match == {}
+            json.dumps(made.as_json(), allow_nan=False)
+
+
+def test_thresholds_share_one_run(workplace):
+    sizes = [{loss.name for loss in family} for family in families(map(parse, LOSSES))]
+    assert {"cross_entropy", "cross_entropy:hold=0.5", "cross_entropy:hold=2", "cross_entropy:hold=correct"} in sizes
+    assert {"overtone:epsilon=0.5", "overtone:epsilon=0.5+hold=settled"} in sizes
+    assert sum(map(len, sizes)) == len(LOSSES)
+    assert len(sizes) == 5
+
+
+def test_a_run_ends_with_the_last_of_its_losses(workplace):
+    """Without a loss that takes all steps nothing is computed after the last hold."""
+    opened = METHODS["lora"].open_many(workplace.model, METHODS["lora"].settings)
+    batch = encode_targets(workplace.tokenizer, edits()[0].pairs)
+    family = Family([parse("cross_entropy:hold=2"), parse("cross_entropy:hold=0.5")], "lora")
+    (fitted,) = together_module.fit_many(
+        workplace.model, opened, [family.job(batch, opened.start(0))], steps=99, lr=0.02
+    )
+    ends = family.results(fitted)
+    assert fitted.steps == ends["cross_entropy:hold=0.5"][0].steps < 99
+    assert ends["cross_entropy:hold=2"][0].steps < fitted.steps
+
+
+def test_an_edit_that_fails_takes_no_other_with_it(workplace):
+    tasks = grid("ft-m", losses=["cross_entropy"])
+    broken = dataclasses.replace(tasks[1].edits[0], target_new="s")
+    tasks[1] = dataclasses.replace(tasks[1], edits=(broken,))
+    records = [record for task in together(tasks, at_once=4) for made in task.perform(workplace) for record in made]
+    assert [record.error is None for record in records] == [True, False, True, True]
+    assert "does not continue prompt" in records[1].error
+
+
+def test_a_group_is_as_many_sequences_as_share_a_pass_with_all_their_losses():
+    groups = together(grid("lora"), at_once=3)
+    assert [len(group.tasks) for group in groups] == [3 * len(LOSSES), len(LOSSES)]
