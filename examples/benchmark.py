@@ -163,25 +163,26 @@ def hidden_table(arguments: argparse.Namespace) -> Iterator[Row]:
 
 def edits_table(arguments: argparse.Namespace) -> Iterator[Row]:
     """Edits of the lab's model on one thread, with the lab's methods and, with EASYEDIT_ROOT set, EasyEdit's."""
-    from overtone.lab.experiment import Workplace, one_thread
-    from overtone.lab.losses import LOSSES
-    from overtone.lab.pretrain import load_or_train
-    from overtone.lab.sessions import open_session
-    from overtone.lab.world import build_world
+    from overtone.lab.data.corpora import open_corpus
+    from overtone.lab.edit.sessions import open_session
+    from overtone.lab.model.pretrain import load_or_train
+    from overtone.lab.model.workplace import Workplace
+    from overtone.lab.run.workers import one_thread
+    from overtone.token_loss import parse
 
-    lab_model = load_or_train(world := build_world(0))
+    lab_model = load_or_train(world := open_corpus("short", seed=0))
     workplace, edits = Workplace(lab_model.model, lab_model.tokenizer), world.edits(10, seed=0)
-    losses = [LOSSES[name] for name in ("cross_entropy", "overtone", "overtone_held", "overtone_recommended")]
+    losses = [parse(spec) for spec in ("cross_entropy", "overtone", "overtone:hold=settled", "overtone_recommended")]
     for method in ("ft-m", "lora", "easyedit-ft", "easyedit-lora"):
         try:
-            with open_session(workplace, method, 0):
+            with open_session(workplace, method, None, 0):
                 pass
         except (ImportError, ValueError) as error:
             Console().print(f"left out: {error}")
             continue
         traces: dict[str, list[tuple[float, int]]] = {loss.title: [] for loss in losses}
         for (index, edit), loss in product(enumerate(edits), losses):
-            with one_thread(), open_session(workplace, method, index) as session:
+            with one_thread(), open_session(workplace, method, None, index) as session:
                 trace = session.apply(edit, loss)
                 traces[loss.title].append((trace.seconds * 1e3, trace.steps))
         for title, own in traces.items():

@@ -14,9 +14,11 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from overtone.lab.metrics import complete
-from overtone.lab.pretrain import load_or_train
-from overtone.lab.world import Edit, Probe, build_world
+from overtone.lab.data.edit import Edit, Probe
+from overtone.lab.data.world import build_world
+from overtone.lab.data.world_corpus import WorldCorpus
+from overtone.lab.model.pretrain import load_or_train
+from overtone.lab.score.completion import complete
 
 # The trainers' own deprecation notes are not what the examples are about.
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -49,7 +51,7 @@ def lesson(model: str | None, *, count: int, target: str, seed: int = 0) -> Less
     """`count` edits, or as many as there are real ones, with a "short" target (a name) or a "long" one (sentences)."""
     if model is None:
         world = build_world()
-        lab = load_or_train(world)
+        lab = load_or_train(WorldCorpus(world))
         return Lesson(lab.model, lab.tokenizer, world.edits(count, seed=seed, target=target))
     tokenizer = AutoTokenizer.from_pretrained(model)
     if tokenizer.pad_token is None:

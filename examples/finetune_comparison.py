@@ -30,10 +30,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from overtone import OverToneConfig
 from overtone.huggingface import TokenStatesCallback, compute_loss_func
-from overtone.lab.batching import encode_targets
-from overtone.lab.metrics import complete, is_exact_match, teacher_forced, token_agreement
-from overtone.lab.records import write_atomically
-from overtone.lab.world import Probe
+from overtone.lab.data.edit import Probe
+from overtone.lab.model.targets import encode_targets
+from overtone.lab.results.files import write_whole
+from overtone.lab.score.completion import complete, is_exact_match
+from overtone.lab.score.scores import teacher_forced, token_agreement
 
 TEXTS, EPOCHS, BATCH, LEARNING_RATE = 30, 30, 10, 5e-4
 SETTINGS = {"texts": TEXTS, "epochs": EPOCHS, "batch": BATCH, "learning_rate": LEARNING_RATE}
@@ -189,7 +190,7 @@ def read_outcomes(path: Path) -> list[Outcome]:
 
 def write_outcomes(path: Path, outcomes: list[Outcome]) -> None:
     lines = [SETTINGS, *map(asdict, outcomes)]
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from overtone import OverToneConfig
 from overtone.huggingface import attach
-from overtone.lab.batching import encode_targets
+from overtone.lab.model.targets import encode_targets
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from overtone import OverToneConfig
 from overtone.huggingface import attach
-from overtone.lab.batching import TargetBatch, encode_targets
-from overtone.lab.world import Edit
+from overtone.lab.data.edit import Edit
+from overtone.lab.model.targets import TargetBatch, encode_targets
 
 
 def refusal(subject: Lesson, edit: Edit) -> tuple[Edit, TargetBatch, Tensor]:

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from overtone import OverToneConfig
 from overtone.huggingface import TokenStatesCallback, compute_loss_func
-from overtone.lab.batching import encode_targets
+from overtone.lab.model.targets import encode_targets
 
 
 def main() -> None:

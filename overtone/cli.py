@@ -7,21 +7,23 @@ quick, where torch alone is installed.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     Subcommands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _EXTRAS = {
-    "lab": ("transformers", "peft", "matplotlib", "platformdirs", "rich", "scipy"),
+    "lab": ("transformers", "peft", "jinja2", "matplotlib", "pandas", "platformdirs", "rich", "scipy"),
     "easyedit": ("yaml", "rich"),
 }
 """What the commands need beyond torch, by the extra that brings it."""
+
+_FILES = {"zsre": "KnowEdit's ZsRE", "wikibio": "KnowEdit's WikiBio", "mquake": "MQuAKE"}
+"""The corpora that are read from a published file."""
 
 _RESUMABLE = "what was finished is kept, and the same command goes on from there"
 
@@ -57,23 +59,13 @@ def _add_demo(commands: Subcommands) -> None:
         "demo",
         help="edit a small model's facts with several losses and compare",
         description="Train (once) a small model on an invented world, edit its facts singly with each method and loss, "
-        "and print what each loss does to the edit and to everything else that the model knows.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "and print what each loss does to the edit and to everything else that the model knows: the bench's preset "
+        "demo, with a short report.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the world, its model and the edits")
-    parser.add_argument("--edits", type=int, default=20, help="how many facts to edit")
-    parser.add_argument("--methods", type=_names, default="lora,ft-m", help="by commas; the figure shows the first")
-    parser.add_argument(
-        "--losses",
-        type=_names,
-        default="cross_entropy,early_stopping,label_smoothing,overtone,overtone_held,overtone_recommended",
-        help="by commas",
-    )
-    parser.add_argument("--arch", default="llama", help="llama, qwen2, mistral or gpt2")
-    parser.add_argument("--target", default="short", help="what is edited in: short, a name; long, three sentences")
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for results.json and the figure")
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes")
-    parser.set_defaults(run=_demo)
+    parser.add_argument("--seed", type=int, dest="seeds", help="of the world, its model and the edits (default: 0)")
+    parser.add_argument("--target", type=_names, dest="data", help="of the edits: short, long or soft (default: short)")
+    _add_grid(parser, out="demo-out")
+    parser.set_defaults(run=_bench, preset="demo", lengths=None, size=None, **dict.fromkeys(_FILES))
 
 
 def _add_bench(commands: Subcommands) -> None:
@@ -81,51 +73,59 @@ def _add_bench(commands: Subcommands) -> None:
         "bench",
         help="compare losses over methods, data and sequences of edits, and write a report",
         description="Edit the facts of a model with each method and each loss, singly and in sequences, score every "
-        "edit, and write results.jsonl and a report with intervals. Every finished edit is on disk at once: the same "
+        "edit, and write results and a report with intervals. Every finished sequence is on disk at once: the same "
         "command goes on where it was interrupted, and more losses, methods, data or seeds can be added in the same "
         "folder. Under torchrun or accelerate launch the ranks share the work.",
-        epilog="A loss is name or name:field=value+field=value, for example early_stopping:stop_below=0.3, "
-        "overtone_held, overtone_recommended (our settings for each method), overtone:hold_settled=0.1+lam=0.5, "
-        "overtone:n_sigma=none, overtone:check=false, "
-        "overtone:epsilon=0, overtone:lam=1, overtone:dynamic=false (the target of the model before the edit).",
+        epilog="A loss is name or name:field=value+field=value, for example cross_entropy:hold=0.3 (early stopping), "
+        "cross_entropy:hold=correct, label_smoothing, overtone:hold=settled, overtone_recommended (our settings for "
+        "each method), overtone:hold=0.1+lam=0.5, overtone:n_sigma=none, overtone:check=false, overtone:epsilon=0, "
+        "overtone:lam=1, overtone:dynamic=false (the target of the model before the edit), dft, gem, eaft.",
     )
     parser.add_argument(
         "--preset",
         default="quick",
         help="quick: two methods, three losses, one seed, some minutes; paper-small: every loss on three worlds, "
-        "three seeds, T = 1, 10, 100, some hours on two cores. The options below change it (default: quick)",
+        "three seeds, T = 1, 10, 100, some hours on two cores; demo: single edits with every named loss. The options "
+        "below change it (default: quick)",
     )
     parser.add_argument("--data", type=_names, help="by commas: short, long, soft, zsre, wikibio, mquake")
-    for name, title in (("zsre", "KnowEdit's ZsRE"), ("wikibio", "KnowEdit's WikiBio"), ("mquake", "MQuAKE")):
+    for name, title in _FILES.items():
         parser.add_argument(f"--{name}", metavar="PATH", help=f"{title}, the published file; adds {name} to the data")
     parser.add_argument("--size", type=int, help="records of a published file that the small model is to know")
+    parser.add_argument("--lengths", type=_numbers, help="by commas: edits in a sequence, 1 for single edits")
+    parser.add_argument("--seeds", type=_numbers, help="by commas: of the worlds, models and edits")
+    _add_grid(parser, out="bench-out")
+    parser.set_defaults(run=_bench)
+
+
+def _add_grid(parser: argparse.ArgumentParser, *, out: str) -> None:
     parser.add_argument(
         "--model", help="causal LM to edit, from the hub or a folder (default: a small one trained on each corpus)"
     )
+    parser.add_argument("--arch", help="of the small model: llama, qwen2, mistral or gpt2 (default: llama)")
     parser.add_argument(
         "--methods",
         type=_names,
         help="by commas: lora, ft-m; with EasyEdit also easyedit-ft, easyedit-lora, easyedit-melo, easyedit-wise, "
-        "rome, memit",
+        "rome, memit (default: lora,ft-m)",
     )
-    parser.add_argument("--losses", nargs="+", help="by spaces; see below")
-    parser.add_argument("--lengths", type=_numbers, help="by commas: edits in a sequence, 1 for single edits")
+    parser.add_argument("--losses", nargs="+", help="by spaces; see overtone bench --help")
     parser.add_argument(
-        "--edits", type=int, help="of each corpus and seed, cut into sequences; a longer sequence takes what it needs"
+        "--edits",
+        type=int,
+        help="of each corpus and seed, cut into sequences; a longer sequence takes what it needs (default: 20)",
     )
-    parser.add_argument("--seeds", type=_numbers, help="by commas: of the worlds, models and edits")
-    parser.add_argument("--out", type=Path, default=Path("bench-out"), help="folder (default: bench-out)")
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder (default: {out})")
     parser.add_argument("--workers", type=int, help="processes (default: 2 on the CPU, 1 on a GPU or under torchrun)")
-    parser.set_defaults(run=_bench)
 
 
 def _add_report(commands: Subcommands) -> None:
     parser = commands.add_parser(
         "report",
         help="render the results of a bench",
-        description="Write report.md, CSV files and figures from a results file alone, finished or not.",
+        description="Write report.md, CSV files and figures from a results folder alone, finished or not.",
     )
-    parser.add_argument("results", type=Path, help="results.jsonl of overtone bench, or the same as .gz")
+    parser.add_argument("results", type=Path, help="output folder of overtone bench")
     parser.add_argument("--losses", nargs="+", default=(), help="by spaces: of these alone (default: all)")
     parser.add_argument("--seeds", type=_numbers, default=(), help="by commas: of these alone (default: all)")
     parser.add_argument("--out", type=Path, help="folder (default: that of the results, for a report of all)")
@@ -158,50 +158,6 @@ def _numbers(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _demo(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
-    problem = _missing("lab")
-    if problem:
-        return _fail(problem)
-    from rich.console import Console
-    from rich.progress import Progress
-    from transformers.utils.logging import disable_progress_bar
-
-    from overtone.lab.demo import Demo, DemoSettings
-    from overtone.lab.report import table
-
-    disable_progress_bar()  # a bar of its own for every model file that is read
-
-    settings = DemoSettings(
-        seed=arguments.seed,
-        edits=arguments.edits,
-        methods=arguments.methods,
-        losses=arguments.losses,
-        arch=arguments.arch,
-        target=arguments.target,
-    )
-    try:
-        demo = Demo(settings, arguments.out, workers=arguments.workers)
-        lab_model = demo.load_or_train()
-        records = demo.open_records(lab_model)
-    except (ValueError, OSError) as error:
-        return _fail(str(error))
-    except RuntimeError as error:
-        return _fail(str(error), exit_code=1)
-    try:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("editing", total=len(demo.left(records)))
-            for _ in demo.perform(lab_model, records):
-                progress.advance(bar)
-        rows = demo.finish(lab_model, records, command=["overtone", *argv])
-    except OSError as error:
-        return _fail(f"{error}; {_RESUMABLE}", exit_code=1)
-    console = Console()
-    console.print(demo.about(lab_model))
-    console.print(table(rows, title=f"{len(demo.edits)} single edits, {settings.target} targets, {settings.arch}"))
-    console.print(f"Written: {', '.join(str(path) for path in demo.outputs)}")
-    return 0
-
-
 def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     problem = _missing("lab")
     if problem:
@@ -209,47 +165,56 @@ def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
-    from overtone.lab.bench import Bench, default_workers
-    from overtone.lab.bench_overview import overview
-    from overtone.lab.bench_progress import show_progress
-    from overtone.lab.bench_report import write_report
-    from overtone.lab.bench_results import load_results
-    from overtone.lab.presets import preset
+    from overtone.lab.report.frame import load_results
+    from overtone.lab.report.terminal import averages_by_length, measures_of_single_edits
+    from overtone.lab.report.write import Report, write_report, write_short_report
+    from overtone.lab.run.progress import perform_with_progress
+    from overtone.lab.run.run import Run, default_workers
+    from overtone.lab.run.settings import preset
 
-    disable_progress_bar()
-    files = {name: getattr(arguments, name) for name in ("zsre", "wikibio", "mquake")}
-    options = ("data", "size", "model", "methods", "losses", "lengths", "edits", "seeds")
+    disable_progress_bar()  # a bar of its own for every model file that is read
+    is_demo = arguments.command == "demo"
     try:
-        settings = preset(
-            arguments.preset,
-            paths={name: path for name, path in files.items() if path is not None},
-            **{name: getattr(arguments, name) for name in options if getattr(arguments, name) is not None},
-        )
+        settings = preset(arguments.preset, **_chosen(arguments))
         workers = default_workers(settings) if arguments.workers is None else arguments.workers
-        bench = Bench(settings, arguments.out, workers=workers)
-        results = bench.open_results(bench.open_models(), command=["overtone", *argv])
+        run = Run(settings, arguments.out, workers=workers)
+        run.begin(run.open_models(), command=["overtone", *argv])
     except (ValueError, OSError) as error:
         return _fail(str(error))
     except RuntimeError as error:
         return _fail(str(error), exit_code=1)
     try:
-        show_progress(bench, results)
-        if bench.shard.rank != 0:
+        perform_with_progress(run)
+        if run.shard.rank != 0:
             return 0
-        outcomes = bench.finish(results)
-        written = write_report(results.results, arguments.out)
+        results = load_results(arguments.out)
+        report = Report.of(results)
+        written = (write_short_report if is_demo else write_report)(report, arguments.out)
     except (OSError, RuntimeError, ValueError, MemoryError) as error:
         # A MemoryError says nothing but its name.
         return _fail(f"{str(error) or type(error).__name__}; {_RESUMABLE}", exit_code=1)
     console = Console()
-    console.print(overview(load_results(results.results)))
-    failed = sum(outcome.error is not None for outcome in outcomes)
+    for model in results.header["models"]:
+        known = ", ".join(f"{share:.1%} of the {group}" for group, share in model["knowledge"].items())
+        console.print(f"{model['data']}, seed {model['seed']}: {model['title']}; it knew {known} before the edits")
+    console.print((measures_of_single_edits if is_demo else averages_by_length)(report.editing))
+    failed = results.edits["error"].notna().sum()
     if failed:
-        console.print(f"{failed} of {len(outcomes)} edits failed: their errors stand in {results.results}")
-    for reason in bench.left_out:
+        console.print(f"{failed} of {len(results.edits)} edits failed: their errors stand in the results")
+    for reason in run.plan.left_out:
         console.print(f"Left out: {reason}")
-    console.print(f"Written: {results.results}, {written[0]} and what it names")
+    console.print(f"Written: {', '.join(map(str, written[:2]))}{' and what it names' if not is_demo else ''}")
     return 0
+
+
+def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the command line changes of a preset."""
+    names = ("data", "size", "model", "arch", "methods", "losses", "lengths", "edits", "seeds")
+    changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if isinstance(changes.get("seeds"), int):
+        changes["seeds"] = (changes["seeds"],)
+    files = {name: getattr(arguments, name) for name in _FILES if getattr(arguments, name) is not None}
+    return {**changes, "paths": files}
 
 
 def _report(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -258,21 +223,20 @@ def _report(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         return _fail(problem)
     from rich.console import Console
 
-    from overtone.lab.bench_overview import overview
-    from overtone.lab.bench_report import write_report
-    from overtone.lab.bench_results import load_results
+    from overtone.lab.report.frame import load_results
+    from overtone.lab.report.terminal import averages_by_length
+    from overtone.lab.report.write import Report, write_report
 
-    path: Path = arguments.results
+    folder: Path = arguments.results
     if (arguments.losses or arguments.seeds) and arguments.out is None:
-        return _fail("--losses and --seeds need --out: their report would replace that of the whole file")
+        return _fail("--losses and --seeds need --out: their report would replace that of all results")
     try:
-        chosen = {"losses": arguments.losses, "seeds": arguments.seeds}
-        results = load_results(path, **chosen)
-        written = write_report(path, arguments.out or path.parent, **chosen)
+        report = Report.of(load_results(folder, losses=arguments.losses, seeds=arguments.seeds))
+        written = write_report(report, arguments.out or folder)
     except (ValueError, OSError) as error:
         return _fail(str(error))
     console = Console()
-    console.print(overview(results))
+    console.print(averages_by_length(report.editing))
     console.print(f"Written: {written[0]} and what it names")
     return 0
 

@@ -15,7 +15,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from overtone.lab.world import Edit, Probe
+from overtone.lab.data.edit import Edit, Probe
 
 WORDS = [
     *("<pad>", "<eos>", "<unk>", ".", "the", "head", "spouse", "of", "is", "led", "by", "runs", "likes", "Question"),
@@ -82,8 +82,8 @@ def edit() -> Edit:
 
 def save_world_model(path: Any) -> str:
     """A random model in a folder, with a tokenizer that knows the words of the lab's world of seed 0."""
-    from overtone.lab.tokenizer import train_tokenizer
-    from overtone.lab.world import build_world
+    from overtone.lab.data.world import build_world
+    from overtone.lab.model.tokenizer import train_tokenizer
 
     words = train_tokenizer(build_world(0).training_texts(), 600)
     torch.manual_seed(0)

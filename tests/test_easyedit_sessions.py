@@ -8,13 +8,15 @@ import mini_lab
 import pytest
 import torch
 
-from overtone.lab import easyedit_process as process
-from overtone.lab.easyedit_losses import token_loss
-from overtone.lab.easyedit_rows import RowByRow
-from overtone.lab.easyedit_session import open_easyedit_session, unsupported
-from overtone.lab.easyedit_statistics import second_moment
-from overtone.lab.experiment import Workplace
-from overtone.lab.losses import parse_loss
+from overtone.easyedit.hparams import choose
+from overtone.lab.edit.easyedit import process
+from overtone.lab.edit.easyedit.algorithms import easyedit_cannot_minimise
+from overtone.lab.edit.easyedit.losses import PRESETS, token_loss
+from overtone.lab.edit.easyedit.rows import RowByRow
+from overtone.lab.edit.easyedit.session import open_easyedit_session
+from overtone.lab.edit.easyedit.statistics import second_moment
+from overtone.lab.model.workplace import Workplace
+from overtone.token_loss import parse
 
 TEXTS = ["the head of acme is ana", "zed likes tea milk", "zed likes tea milk", "ana runs"]
 
@@ -22,43 +24,37 @@ TEXTS = ["the head of acme is ana", "zed likes tea milk", "zed likes tea milk", 
 class TestTokenLoss:
     """The lab's losses say in EasyEdit's words what they say in the lab."""
 
+    def test_cross_entropy_is_the_methods_own(self):
+        assert token_loss("FT", parse("cross_entropy")) is None
+
+    @pytest.mark.parametrize("alg_name", PRESETS)
     @pytest.mark.parametrize(
-        ("spec", "expected"),
+        "spec",
         [
-            ("cross_entropy", None),
-            ("early_stopping:stop_below=0.3", {"name": "cross_entropy", "hold_settled": 0.3}),
-            ("label_smoothing", {"name": "label_smoothing", "smoothing": 0.1}),
+            *("cross_entropy:hold=0.3", "label_smoothing", "overtone", "overtone:hold=settled", "overtone_recommended"),
+            *("overtone:n_sigma=none", "overtone:lam=0.5+hold=correct,0.1", "dft"),
         ],
     )
-    def test_cross_entropy_and_its_rivals(self, spec, expected):
-        """Early stopping is cross-entropy that is held at the threshold."""
-        assert token_loss("FT", parse_loss(spec)) == expected
-
-    @pytest.mark.parametrize(("alg_name", "epsilon", "n_sigma"), [("FT", 0.01, 0.5), ("WISE", 0.05, 1.0)])
-    def test_overtone_takes_the_values_of_the_method(self, alg_name, epsilon, n_sigma):
-        """The hold is said in words, since the adapters hold by default and the lab's paper loss does not."""
-        values = token_loss(alg_name, parse_loss("overtone"))
-        assert (values["epsilon"], values["n_sigma"], values["hold_settled"]) == (epsilon, n_sigma, False)
-        assert token_loss(alg_name, parse_loss("overtone:hold_settled=0.1+lam=0.5"))["hold_settled"] == 0.1
-
-    def test_the_adapters_read_what_is_written(self):
-        """Every loss that is not refused is one that the adapters accept."""
-        from overtone.easyedit.hparams import choose
-
-        specs = ("early_stopping", "label_smoothing", "overtone_held", "overtone_recommended", "overtone:n_sigma=none")
-        for spec in specs:
-            assert choose(token_loss("LoRA", parse_loss(spec)), "lora").loss is not None
+    def test_the_adapters_minimise_the_same_loss(self, alg_name, spec):
+        """Also where they would hold by default and the spec does not."""
+        method = PRESETS[alg_name]
+        found, expected = choose(token_loss(alg_name, parse(spec)), method).loss, parse(spec).build(method)
+        assert (found.description, found.epsilon, found.hold) == (
+            expected.description,
+            expected.epsilon,
+            expected.hold,
+        )
 
     @pytest.mark.parametrize("method", ["rome", "memit"])
-    @pytest.mark.parametrize("spec", ["overtone", "label_smoothing", "early_stopping"])
+    @pytest.mark.parametrize("spec", ["overtone", "label_smoothing", "cross_entropy:hold=0.1"])
     def test_rome_and_memit_have_a_loss_of_their_own(self, method, spec):
         """What they cannot minimise is refused before a run."""
-        assert unsupported(method, parse_loss("cross_entropy")) is None
-        assert "use the loss cross_entropy" in unsupported(method, parse_loss(spec))
+        assert easyedit_cannot_minimise(method, parse("cross_entropy")) is None
+        assert "use the loss cross_entropy" in easyedit_cannot_minimise(method, parse(spec))
 
     def test_no_target_from_before_the_edit(self):
         """EasyEdit's trainers have nowhere to keep it."""
-        assert "logits from before" in unsupported("easyedit-ft", parse_loss("overtone:dynamic=false"))
+        assert "logits from before" in easyedit_cannot_minimise("easyedit-ft", parse("overtone:dynamic=false"))
 
 
 class TestSecondMoment:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from overtone.lab.knowedit import open_wikibio, open_zsre
+from overtone.lab.data.knowedit import open_wikibio, open_zsre
 
 ZSRE = Path(__file__).parent / "fixtures" / "zsre.json"
 

@@ -7,9 +7,9 @@ import json
 import mquake_record
 import pytest
 
-from overtone.lab.mquake import open_mquake
-from overtone.lab.prompts import MULTI_HOP_PROMPT, SINGLE_HOP_PROMPT
-from overtone.lab.world import Question
+from overtone.lab.data.edit import Question
+from overtone.lab.data.mquake import open_mquake
+from overtone.lab.data.prompts import MULTI_HOP_PROMPT, SINGLE_HOP_PROMPT
 
 SONGS = ["Low Tide", "High Noon", "Slow Rain", "Old Road", "Red Kite", "Wet Snow"]
 

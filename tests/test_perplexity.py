@@ -8,7 +8,7 @@ import mini_lab
 import pytest
 import torch
 
-from overtone.lab.perplexity import perplexity
+from overtone.lab.score.perplexity import perplexity
 
 TEXTS = ["the head of acme is bo cy .", "zed likes tea", "ana", "dan likes rain . eve likes milk . bo runs acme"]
 

@@ -9,10 +9,10 @@ import mini_lab
 import pytest
 import torch
 
-from overtone.lab import questions
-from overtone.lab.metrics import complete
-from overtone.lab.questions import ask, final_answer, names_one_of
-from overtone.lab.world import Question
+from overtone.lab.data.edit import Question
+from overtone.lab.score import questions
+from overtone.lab.score.completion import complete
+from overtone.lab.score.questions import ask, final_answer, names_one_of
 
 SINGLE = (
     Question("single-hop", ("Who sings?",), ("Dee Fox", "D. Fox"), ("Ana Orr",)),

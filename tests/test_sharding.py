@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from overtone.lab.sharding import Shard
+from overtone.lab.run.sharding import Shard
 
 TASKS = [(length, number) for length in (1, 10, 100) for number in range(12)]
 

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from overtone.lab.relations import EDITABLE, INVERSE, PROFILE_PROMPTS, RELATIONS, SOFT_FREQUENCIES
-from overtone.lab.world import SIZES, build_world
+from overtone.lab.data.relations import EDITABLE, INVERSE, PROFILE_PROMPTS, RELATIONS, SOFT_FREQUENCIES
+from overtone.lab.data.world import SIZES, build_world
 
 
 def text(probe):

@@ -27,9 +27,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from overtone.easyedit.hparams import choose
-from overtone.lab.easyedit_hparams import SMALL
-from overtone.lab.pretrain import load_or_train
-from overtone.lab.world import Edit, build_world
+from overtone.lab.data.edit import Edit
+from overtone.lab.data.world import build_world
+from overtone.lab.data.world_corpus import WorldCorpus
+from overtone.lab.edit.easyedit.hparams import SMALL
+from overtone.lab.model.pretrain import load_or_train
 
 FILES = {"FT": "ft-m", "LoRA": "lora", "MELO": "melo", "WISE": "wise"}
 
@@ -210,7 +212,7 @@ def main() -> None:
     row = bool(arguments.in_a_row)
     template = Job("", "", arguments.in_a_row or arguments.edits, row, arguments.seed, arguments.change)
     jobs = [replace(template, method=method, loss=loss) for method in methods for loss in arguments.losses]
-    lab_model = load_or_train(build_world(0))
+    lab_model = load_or_train(WorldCorpus(build_world(0)))
     lab_model.knowledge.require()
     with (
         Progress(console=Console(stderr=True)) as progress,

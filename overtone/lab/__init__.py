@@ -1,1 +1,4 @@
-"""The embedded testbed: an invented world, a small model that knows it, edits of it, and measures of the damage."""
+"""The lab: edit models with many losses and compare them. Each sub-package imports only from those on its left.
+
+data -> model -> edit -> score -> results -> run, report
+"""

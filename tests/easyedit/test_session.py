@@ -16,15 +16,16 @@ import transformers
 from packaging.version import Version
 
 from overtone.easyedit.installation import installed
-from overtone.lab import easyedit_process, easyedit_session
-from overtone.lab.batching import encode_targets, target_logits
-from overtone.lab.checkpoint import SequenceCheckpoint
-from overtone.lab.easyedit_session import ALGORITHMS, EasyEditSession, open_easyedit_session
-from overtone.lab.experiment import Workplace
-from overtone.lab.losses import parse_loss
-from overtone.lab.metrics import complete, examine, score
-from overtone.lab.sequences import SequenceTask
-from overtone.lab.world import Edit, Probe
+from overtone.lab.data.edit import Edit, Probe
+from overtone.lab.edit.easyedit import process
+from overtone.lab.edit.easyedit import session as session_module
+from overtone.lab.edit.easyedit.algorithms import ALGORITHMS
+from overtone.lab.edit.easyedit.session import open_easyedit_session
+from overtone.lab.model.targets import encode_targets, target_logits
+from overtone.lab.model.workplace import Workplace
+from overtone.lab.score.completion import complete
+from overtone.lab.score.scores import examine, score
+from overtone.token_loss import parse
 
 pytestmark = [
     pytest.mark.easyedit,
@@ -33,7 +34,7 @@ pytestmark = [
     ),
 ]
 
-CROSS_ENTROPY = parse_loss("cross_entropy")
+CROSS_ENTROPY = parse("cross_entropy")
 TEXTS = ["The head of Velin is Mavi .", "The spouse of Solen is Corin Tass .", "people of the city", "Yes Tass ."]
 
 
@@ -68,38 +69,14 @@ def loss_of(model, tokenizer, edit):
     return torch.nn.functional.cross_entropy(logits, labels).item()
 
 
-def same(one, other):
-    """Whether two states hold the same, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
-def broken_states(state):
-    """What is not the state of a session, one thing wrong with each."""
-    yield {}
-    yield state | {"hparams": state["hparams"] | {"alg_name": "another"}}
-    yield state | {"process": {}}
-    weights = state["weights"]
-    name = next(iter(weights))
-    others = {key: weight for key, weight in weights.items() if key != name}
-    yield state | {"weights": others}
-    yield state | {"weights": weights | {"model.norm.weight": torch.nn.Parameter(torch.zeros(3))}}
-    yield state | {"weights": others | {name: torch.nn.Parameter(torch.zeros(3, 5))}}
-    yield state | {"weights": others | {name: weights[name].double()}}
-    yield state | {"layers": state["layers"] | {"model.another": {}}}
-    for layer in state["layers"]:
-        yield state | {"layers": state["layers"] | {layer: {}}}
-
-
 def process_state():
     """Everything that EasyEdit keeps, or changes, beyond a model."""
-    kept = [value for values in easyedit_process.state().values() for value in values.values()]
-    rome, memit = easyedit_process.module("models.rome.compute_u"), easyedit_process.module("models.memit.memit_main")
+    kept = [
+        value
+        for name, attributes in process._STATE.items()
+        for value in map(vars(process.module(name)).get, attributes)
+    ]
+    rome, memit = process.module("models.rome.compute_u"), process.module("models.memit.memit_main")
     seams = [rome.layer_stats, rome.inv_mom2_cache, memit.layer_stats, memit.COV_CACHE]
     generators = random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()
     return [*map(id, [*kept, *seams])], str(kept), generators, installed(), logging.getLogger().level
@@ -199,8 +176,8 @@ class TestAgainstTheEditor:
     def test_ft_in_a_row(self, workplace, framework, models, monkeypatch):
         """Bit for bit, a row of two edits included."""
         made = []
-        make = easyedit_session.make_hparams
-        monkeypatch.setattr(easyedit_session, "make_hparams", lambda *args: made.append(make(*args)) or made[-1])
+        make = session_module.make_hparams
+        monkeypatch.setattr(session_module, "make_hparams", lambda *args: made.append(make(*args)) or made[-1])
         batch = encode_targets(workplace.tokenizer, [(edit.prompt, edit.target_new) for edit in (EDIT, SECOND)])
         with open_easyedit_session(workplace, "easyedit-ft", 0) as session:
             for edit in (EDIT, SECOND):
@@ -232,156 +209,6 @@ class TestSequences:
             session.apply(SECOND, CROSS_ENTROPY)
             assert loss_of(session.model, workplace.tokenizer, EDIT) < before
 
-    @pytest.mark.parametrize(
-        ("method", "spec", "made"),
-        [
-            *((method, "cross_entropy", 2) for method in ALGORITHMS),
-            *((f"easyedit-{method}", "overtone_recommended", 3) for method in ("ft", "lora", "melo", "wise")),
-        ],
-    )
-    def test_going_on_from_a_file(self, workplace, method, spec, made, tmp_path):
-        """A new session with the state of so many edits ends where the uninterrupted one does, bit for bit."""
-        edits, loss, states = (EDIT, SECOND, THIRD), parse_loss(spec), []
-        batch = encode_targets(workplace.tokenizer, [(edit.prompt, edit.target_new) for edit in edits])
-        with open_easyedit_session(workplace, method, 0, TEXTS) as session:
-            for edit in edits:
-                session.apply(edit, loss)
-                states.append(session.state())
-            expected = target_logits(session.model, batch)[0]
-        torch.save(states[made - 1], tmp_path / "state.pt")
-        with open_easyedit_session(workplace, method, 0, TEXTS) as session:
-            session.restore(torch.load(tmp_path / "state.pt", weights_only=True), EDIT, loss)
-            assert same(session.state(), states[made - 1])
-            for edit in edits[made:]:
-                session.apply(edit, loss)
-            assert same(session.state(), states[-1])
-            assert torch.equal(target_logits(session.model, batch)[0], expected)
-        assert not same(states[0], states[1])
-        assert states[-1]["edits made"] == 3, "the random numbers of the next edit follow from it"
-        workplace.require_restored(method)
-
-    @pytest.mark.parametrize("method", ["easyedit-lora", "easyedit-melo", "easyedit-wise"])
-    def test_an_interrupted_sequence_goes_on(self, workplace, method, tmp_path, monkeypatch):
-        """With the edits that were not made yet, and to the same outcomes; the first is made again, for its layers."""
-
-        def perform(interrupted_at=None):
-            apply, made = EasyEditSession.apply, []
-
-            def counted(*arguments):
-                if len(made) == interrupted_at:
-                    raise KeyboardInterrupt
-                made.append(arguments[1])
-                return apply(*arguments)
-
-            task = SequenceTask(
-                "short", 0, method, "overtone_held", 0, (EDIT, SECOND, THIRD), tuple(TEXTS), tuple(TEXTS), tmp_path
-            )
-            with monkeypatch.context() as patch:
-                patch.setattr(EasyEditSession, "apply", counted)
-                if interrupted_at is not None:
-                    with pytest.raises(KeyboardInterrupt):
-                        task.perform(workplace)
-                    return [], made
-                return [replace(outcome, seconds=0.0) for outcome in task.perform(workplace)], made
-
-        expected, _ = perform()
-        next(tmp_path.iterdir()).unlink()
-        perform(interrupted_at=2)
-        found, made = perform()
-        assert found == expected
-        assert made == [EDIT, THIRD]
-
-    def test_wise_beyond_its_merges(self, workplace, monkeypatch):
-        """The memory, which every few edits go into, is in the state, and so is the history that is replayed."""
-        make = easyedit_session.make_hparams
-
-        def make_merging(*args):
-            hparams = make(*args)
-            hparams.save_freq, hparams.merge_freq, hparams.replay = 1, 2, True
-            return hparams
-
-        monkeypatch.setattr(easyedit_session, "make_hparams", make_merging)
-        edits = (EDIT, SECOND, THIRD, replace(EDIT, target_new=" Tass"))
-        with open_easyedit_session(workplace, "easyedit-wise", 0, TEXTS) as session:
-            for edit in edits[:3]:
-                session.apply(edit, CROSS_ENTROPY)
-            state = session.state()
-            session.apply(edits[3], CROSS_ENTROPY)
-            expected = session.state()
-        (layer,) = state["layers"].values()
-        assert layer["merge_cnt"] == 1
-        assert len(layer["memory_weight"]) == 2
-        with open_easyedit_session(workplace, "easyedit-wise", 0, TEXTS) as session:
-            session.restore(state, EDIT, CROSS_ENTROPY)
-            session.apply(edits[3], CROSS_ENTROPY)
-            assert same(session.state(), expected)
-
-    @pytest.mark.parametrize("method", ALGORITHMS)
-    def test_a_state_of_something_else(self, workplace, method):
-        """It is refused, and the session begins as if it had never been there."""
-        with open_easyedit_session(workplace, method, 0, TEXTS) as session:
-            untouched = session.state()
-            session.apply(EDIT, CROSS_ENTROPY)
-            expected = session.state()
-        with open_easyedit_session(workplace, method, 0, TEXTS) as session:
-            for state in broken_states(expected):
-                with pytest.raises((ValueError, LookupError)):
-                    session.restore(state, EDIT, CROSS_ENTROPY)
-                assert same(session.state(), untouched)
-            session.apply(EDIT, CROSS_ENTROPY)
-            assert same(session.state(), expected)
-
-    @pytest.mark.parametrize("method", ALGORITHMS)
-    def test_a_state_of_another_method(self, workplace, method):
-        """It is refused, whichever the other one is."""
-        for other in ALGORITHMS.keys() - {method}:
-            with open_easyedit_session(workplace, other, 0, TEXTS) as session:
-                foreign = session.state()
-            with (
-                open_easyedit_session(workplace, method, 0, TEXTS) as session,
-                pytest.raises(ValueError, match="state must be made with hparams"),
-            ):
-                session.restore(foreign, EDIT, CROSS_ENTROPY)
-
-    @pytest.mark.parametrize("error", [OSError, torch.OutOfMemoryError])
-    def test_what_fails_of_the_machine_is_no_broken_file(self, workplace, tmp_path, monkeypatch, error):
-        """The state stays for another time."""
-        path = tmp_path / "state.pt"
-        with open_easyedit_session(workplace, "easyedit-lora", 0) as session:
-            trace = session.apply(EDIT, CROSS_ENTROPY)
-            SequenceCheckpoint(path, "this").save(session, [trace])
-
-        def fail(*arguments, **values):
-            raise error("of the machine")
-
-        with open_easyedit_session(workplace, "easyedit-lora", 0) as session:
-            monkeypatch.setattr(torch.optim.Adam, "step", fail)
-            with pytest.raises(error):
-                SequenceCheckpoint(path, "this").resume(session, EDIT, CROSS_ENTROPY)
-        assert path.exists()
-
-    def test_no_class_of_a_files_choice(self, workplace):
-        """A state puts together objects of the classes that EasyEdit's layers hold, and no others."""
-        with open_easyedit_session(workplace, "easyedit-wise", 0, TEXTS) as session:
-            session.apply(EDIT, CROSS_ENTROPY)
-            state = session.state()
-        (layer,) = state["layers"].values()
-        layer["editing_mean_act"] = ("object of EasyEdit", "subprocess.Popen", {})
-        with (
-            open_easyedit_session(workplace, "easyedit-wise", 0, TEXTS) as session,
-            pytest.raises(ValueError, match=r"got 'subprocess\.Popen'"),
-        ):
-            session.restore(state, EDIT, CROSS_ENTROPY)
-
-    def test_what_is_no_data_has_no_state(self, workplace, caplog):
-        """An EasyEdit whose layers hold something else: a killed sequence starts anew, and that is said."""
-        with open_easyedit_session(workplace, "easyedit-wise", 0, TEXTS) as session:
-            session.apply(EDIT, CROSS_ENTROPY)
-            layer = next(m for m in session.model.modules() if hasattr(m, "editing_mean_act"))
-            layer.something = object()
-            assert session.state() is None
-        assert "a killed sequence of easyedit-wise would start anew: a builtins.object is no data" in caplog.text
-
     @pytest.mark.parametrize("method", ["easyedit-ft", "easyedit-lora", "easyedit-melo", "easyedit-wise"])
     def test_further_pairs_are_edited_too(self, workplace, method):
         """An edit of two prompts makes both targets likelier."""
@@ -396,16 +223,14 @@ class TestSequences:
 class TestLosses:
     """The losses of the lab reach the trainers."""
 
-    @pytest.mark.parametrize(
-        ("spec", "ended"), [("overtone:hold_settled=3", "held"), ("early_stopping:stop_below=3", "stopped")]
-    )
+    @pytest.mark.parametrize(("spec", "ended"), [("overtone:hold=3", "held"), ("cross_entropy:hold=3", "held")])
     @pytest.mark.parametrize("method", ["easyedit-ft", "easyedit-lora", "easyedit-melo"])
     def test_an_edit_ends_where_its_loss_says(self, workplace, method, spec, ended):
         """After fewer steps than cross-entropy takes, and less near to the target."""
         steps, left = {}, {"nothing": loss_of(workplace.model, workplace.tokenizer, EDIT)}
         for name in ("cross_entropy", spec):
             with open_easyedit_session(workplace, method, 0) as session:
-                trace = session.apply(EDIT, parse_loss(name))
+                trace = session.apply(EDIT, parse(name))
                 steps[name], left[name] = trace.steps, loss_of(session.model, workplace.tokenizer, EDIT)
         assert 0 < steps[spec] < steps["cross_entropy"]
         assert trace.ended == ended
@@ -416,7 +241,7 @@ class TestLosses:
         """ROME and MEMIT refuse other losses, and subjects that are not in the prompt."""
         with open_easyedit_session(workplace, method, 0, TEXTS) as session:
             with pytest.raises(ValueError, match="cannot minimise 'overtone'"):
-                session.apply(EDIT, parse_loss("overtone"))
+                session.apply(EDIT, parse("overtone"))
             with pytest.raises(ValueError, match="'Nobody' does not stand in the prompt"):
                 session.apply(replace(EDIT, subject="Nobody"), CROSS_ENTROPY)
             with pytest.raises(ValueError, match="observe must be None"):
@@ -425,13 +250,12 @@ class TestLosses:
     @pytest.mark.parametrize("method", ["rome", "memit"])
     def test_statistics_are_those_of_the_texts(self, workplace, method, monkeypatch):
         """No data set is loaded; other texts make another edit."""
-        stats = easyedit_process.module("models.rome.layer_stats")
+        stats = process.module("models.rome.layer_stats")
         monkeypatch.setattr(stats, "load_dataset", lambda *args: pytest.fail("asked for a data set"))
         weights = []
         for texts in (TEXTS, TEXTS[:2]):
             fresh = Workplace(workplace.model, workplace.tokenizer)
             with open_easyedit_session(fresh, method, 0, texts) as session:
                 session.apply(EDIT, CROSS_ENTROPY)
-                weights.append(session.state()["weights"])
-        assert weights[0].keys() == weights[1].keys()
-        assert not same(*weights)
+                weights.append(session.model.state_dict())
+        assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -1,0 +1,1 @@
+"""From a results folder alone to tables, figures and a document."""

@@ -1,0 +1,81 @@
+"""The results of a run as one table: a row an edit, in the order of the commands that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+
+from overtone.lab.registry import look_up
+from overtone.lab.results.folder import ResultsFolder
+from overtone.lab.results.record import EditRecord, settings_text
+from overtone.token_loss import parse
+
+ACCURACIES = ["rel", "gen", "por", "loc"]
+"""Reliability, generality, portability and locality, as `overtone.lab.score.scores` measures them."""
+
+BLOCK = ["data", "length", "method", "settings"]
+"""What edits have in common whose losses can be compared."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a report is made of.
+
+    Attributes:
+        header: of the results folder.
+        edits: a row an edit: the fields of `EditRecord` that are texts or numbers, the accuracies of `ACCURACIES` and
+            their mean ``average``, ``exact match``, ``kl``, and ``trace``. NaN where an edit failed or has no probe.
+        questions: the columns of ``edits`` with shares of questions answered.
+        left_out: losses and seeds of the folder that were not asked for.
+    """
+
+    header: dict[str, Any]
+    edits: pd.DataFrame
+    questions: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+
+
+def load_results(folder: Path, *, losses: Collection[str] = (), seeds: Collection[int] = ()) -> Results:
+    """Read a results folder, finished or not.
+
+    Args:
+        folder: the output folder of a run.
+        losses: specs of those to read; none for all.
+        seeds: those to read; none for all.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no results folder, has no finished edit, or lacks a loss or seed that is asked for.
+    """
+    header, records = ResultsFolder(folder).read_all()
+    if not records:
+        raise ValueError(f"{folder} has no finished edit: there is nothing to report")
+    edits = pd.DataFrame(map(_row, records))
+    left_out: list[str] = []
+    for name, asked in (("loss", [parse(spec).name for spec in losses]), ("seed", list(seeds))):
+        if asked:
+            look_up({str(value): value for value in edits[name]}, name, map(str, asked))
+            left_out += [f"{name} {value}" for value in edits[name].unique() if value not in asked]
+            edits = edits[edits[name].isin(asked)]
+    for name, order in (("data", "data"), ("method", "methods"), ("loss", "losses")):
+        known = [value for value in header[order] if value in set(edits[name])]
+        edits[name] = pd.Categorical(edits[name], known, ordered=True)
+    edits = edits.sort_values([*BLOCK, "loss", "seed", "index"], ignore_index=True)
+    questions = dict.fromkeys(name for record in records for name in record.answers)
+    return Results(header, edits, tuple(questions), tuple(left_out))
+
+
+def _row(record: EditRecord) -> dict[str, Any]:
+    row = {**vars(record), **record.answers, "settings": settings_text(record.settings)}
+    del row["scores"], row["answers"]
+    row["lr"] = record.settings.get("lr")
+    if record.scores is not None:
+        accuracy, exact = record.scores.accuracy, record.scores.exact_match
+        row |= {"kl": record.scores.kl, "average": fmean(accuracy.values()), "exact match": fmean(exact.values())}
+        row |= {name: accuracy.get(name) for name in ACCURACIES}
+    return row

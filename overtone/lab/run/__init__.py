@@ -1,0 +1,1 @@
+"""A grid of edits, made by one or several processes, that goes on where it was killed."""

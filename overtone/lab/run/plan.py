@@ -1,0 +1,140 @@
+"""From the grid to its tasks: what is refused before anything takes time, and what is left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from overtone.lab.data.corpora import CORPORA, open_corpus
+from overtone.lab.data.corpus import Corpus
+from overtone.lab.data.edit import Edit
+from overtone.lab.edit.methods import METHODS
+from overtone.lab.edit.sessions import require_method, unsupported
+from overtone.lab.registry import look_up
+from overtone.lab.run.settings import RunSettings
+from overtone.lab.run.task import SequenceTask
+from overtone.token_loss import parse
+
+HELD_OUT_TEXTS = 64
+"""How many of a corpus' held-out texts the perplexity is measured on, at most: all of them take longer than an edit."""
+
+
+@dataclass
+class Plan:
+    """What there is to do.
+
+    Attributes:
+        corpora: by name and seed.
+        tasks: the losses of a sequence follow each other.
+        left_out: one sentence for each part of the grid that cannot be done.
+    """
+
+    corpora: dict[tuple[str, int], Corpus] = field(default_factory=dict)
+    tasks: list[SequenceTask] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def edits(self) -> int:
+        """How many the whole grid has."""
+        return sum(task.length for task in self.tasks)
+
+
+def make_plan(settings: RunSettings) -> Plan:
+    """The tasks of a grid.
+
+    Raises:
+        ValueError: an unknown name, no name, too few edits in a corpus, a method that can minimise none of the losses,
+            or a number out of range.
+        OSError: a file cannot be read.
+    """
+    _check(settings)
+    plan = Plan()
+    pairs = _possible_pairs(settings, plan)
+    for seed in settings.seeds:
+        for data in settings.data:
+            corpus = open_corpus(data, seed=seed, path=path_of(settings, data), size=size_of(settings, data))
+            plan.corpora[data, seed] = corpus
+            plan.tasks += _tasks(settings, plan, data, seed, pairs)
+    if not plan.tasks:
+        raise ValueError(f"there is nothing to do: {'; '.join(plan.left_out)}")
+    return plan
+
+
+def path_of(settings: RunSettings, data: str) -> Path | None:
+    """The file of a corpus that is read from one."""
+    return Path(settings.paths[data]) if data in settings.paths else None
+
+
+def size_of(settings: RunSettings, data: str) -> int | None:
+    """How many records of its file a corpus takes."""
+    return settings.size if CORPORA[data].is_file else None
+
+
+def held_out_texts(corpus: Corpus, seed: int) -> tuple[str, ...]:
+    """Those that the perplexity is measured on."""
+    texts = corpus.held_out_texts()
+    return tuple(Random(f"perplexity {seed}").sample(texts, min(len(texts), HELD_OUT_TEXTS)))
+
+
+def _check(settings: RunSettings) -> None:
+    for argument in ("data", "seeds", "methods", "losses", "lengths"):
+        if not getattr(settings, argument):
+            raise ValueError(f"{argument} is empty: name at least one")
+    for argument, least in (("lengths", min(settings.lengths)), ("edits", settings.edits)):
+        if least < 1:
+            raise ValueError(f"{argument} must be at least 1, got {least}")
+    look_up(CORPORA, "corpus", settings.data)
+    for method in settings.methods:
+        require_method(method)
+
+
+def _possible_pairs(settings: RunSettings, plan: Plan) -> list[tuple[str, str]]:
+    """The pairs of method and loss, method after method."""
+    losses = {loss.name: loss for loss in map(parse, settings.losses)}
+    pairs = []
+    for method in settings.methods:
+        reasons = {name: unsupported(method, loss) for name, loss in losses.items()}
+        possible = [name for name, reason in reasons.items() if reason is None]
+        if not possible:
+            raise ValueError(f"losses: {next(iter(reasons.values()))}")
+        pairs += [(method, name) for name in possible]
+        plan.left_out += [reason for reason in reasons.values() if reason is not None]
+    return pairs
+
+
+def _tasks(
+    settings: RunSettings, plan: Plan, data: str, seed: int, pairs: list[tuple[str, str]]
+) -> Iterator[SequenceTask]:
+    corpus = plan.corpora[data, seed]
+    unseen, known = held_out_texts(corpus, seed), tuple(corpus.training_texts())
+    traced = settings.methods[0], settings.seeds[0], 1
+    for length in settings.lengths:
+        for number, edits in enumerate(_sequences(settings, plan, data, seed, length)):
+            for method, loss in pairs:
+                is_own = method in METHODS
+                yield SequenceTask(
+                    data=data,
+                    seed=seed,
+                    method=method,
+                    settings=METHODS[method].settings if is_own else None,
+                    loss=loss,
+                    sequence=number,
+                    edits=edits,
+                    held_out_texts=unseen,
+                    known_texts=() if is_own else known,
+                    is_traced=is_own and (method, seed, length) == traced,
+                )
+
+
+def _sequences(settings: RunSettings, plan: Plan, data: str, seed: int, length: int) -> list[tuple[Edit, ...]]:
+    count = max(1, settings.edits // length)
+    try:
+        edits = plan.corpora[data, seed].edits(count * length, seed=seed)
+    except ValueError as error:
+        if length <= settings.edits or not settings.fit_lengths:
+            raise ValueError(f"{data}, sequences of {length}: {error}") from error
+        plan.left_out.append(f"{data} has no sequence of {length} with seed {seed}: {error}")
+        return []
+    return [tuple(edits[start : start + length]) for start in range(0, len(edits), length)]

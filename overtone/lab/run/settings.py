@@ -1,0 +1,80 @@
+"""What a run does: the grid, and grids with a name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from overtone.lab.edit.compared import ABLATIONS, COMPARED, THRESHOLDS
+from overtone.lab.edit.methods import METHODS
+from overtone.lab.registry import look_up
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The grid.
+
+    Attributes:
+        data: names in `overtone.lab.data.corpora.CORPORA`.
+        seeds: of the corpora, their models and the choice of edits. They do not reach the methods: the random initial
+            weights of LoRA are those of the first edit's place in the list, the same for sequence i of every seed.
+        methods: names that `overtone.lab.edit.sessions.require_method` accepts; single edits of the first one, with the
+            first seed, are traced for the figures.
+        losses: loss specs (see `overtone.token_loss`).
+        lengths: of the sequences of edits; 1 for single edits.
+        edits: how many edits of each corpus and seed, cut into sequences of each length. A remainder that fills no
+            sequence is left out; a length above this number has one sequence.
+        fit_lengths: leave out the lengths for which a corpus has too few edits, instead of refusing them.
+        paths: data to published file, for corpora that are read from one.
+        size: how many records of such a file a small model is to know; None: the corpus' own default.
+        model: name or folder of the model to edit; None: a small one trained on each corpus.
+        arch: of the small models, a key of `overtone.lab.model.training.ARCHITECTURES`.
+    """
+
+    data: tuple[str, ...] = ("short",)
+    seeds: tuple[int, ...] = (0,)
+    methods: tuple[str, ...] = tuple(METHODS)
+    losses: tuple[str, ...] = COMPARED
+    lengths: tuple[int, ...] = (1,)
+    edits: int = 20
+    fit_lengths: bool = True
+    paths: Mapping[str, str] = field(default_factory=dict)
+    size: int | None = None
+    model: str | None = None
+    arch: str = "llama"
+
+
+_BEYOND_THE_PAPER = ("overtone:lam=0.5+hold=correct,0.1", "overtone:lam=0.5+hold=correct,0.2")
+
+PRESETS: Mapping[str, RunSettings] = {
+    "demo": RunSettings(),
+    "quick": RunSettings(losses=("cross_entropy", "cross_entropy:hold=0.1", "overtone:hold=settled"), lengths=(1, 10)),
+    "paper-small": RunSettings(
+        data=("short", "long", "soft"),
+        seeds=(0, 1, 2),
+        losses=tuple(dict.fromkeys((*COMPARED, *THRESHOLDS, *_BEYOND_THE_PAPER, *ABLATIONS))),
+        lengths=(1, 10, 100),
+    ),
+}
+"""Single edits with the named losses on one small world, in three minutes; two methods and three losses, singly and in
+rows of 10, in as many; every loss on three worlds with three seeds, in some hours on two cores.
+
+The published data join a preset's where their files are given."""
+
+
+def preset(name: str, *, paths: Mapping[str, str], **changes: Any) -> RunSettings:
+    """The settings of a preset with some of them changed.
+
+    Args:
+        name: key in `PRESETS`.
+        paths: the published files; each adds its corpus to the data.
+        **changes: fields of `RunSettings`. Lengths that are asked for must fit every corpus; a preset's own are left
+            out where they do not.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    (settings,) = look_up(PRESETS, "preset", [name])
+    data = tuple(dict.fromkeys((*changes.pop("data", settings.data), *paths)))
+    return replace(settings, data=data, paths=paths, **{"fit_lengths": "lengths" not in changes, **changes})

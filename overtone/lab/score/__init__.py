@@ -1,0 +1,1 @@
+"""How good an edit is, and what it costs the rest."""

@@ -1,0 +1,173 @@
+"""How good an edit is: teacher-forced token accuracy as EasyEdit computes it, and what the model says on its own.
+
+Rel, Gen, Por and Loc follow EasyEdit's `test_prediction_acc` and locality comparison: the share of target tokens that
+are the argmax given the true tokens before them, and for locality the share of positions at which the edited model's
+argmax is the unedited model's. A measure is the mean over its kinds of probes, a kind the mean over its probes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from overtone.lab.data.edit import Edit, Probe
+from overtone.lab.model.targets import TargetBatch, encode_targets, target_logits
+from overtone.lab.score.completion import complete, is_exact_match
+
+MEASURES = ("rel", "gen", "por", "loc")
+"""Reliability (the edited prompt), generality (rephrased), portability (reasoning from it), locality (all else)."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One edit, scored. Accuracies lie in [0, 1].
+
+    Attributes:
+        accuracy: measure to teacher-forced token accuracy (locality: token agreement with the unedited model).
+        accuracy_by_kind: "measure.kind" to the same, for every kind of probe.
+        exact_match: measure to the share of probes that free-running greedy generation answers exactly (locality: that
+            it completes as the unedited model does).
+        p_new: probability of the whole new target after the edited prompt.
+        p_old: probability of the whole old target after the edited prompt.
+        kl: KL(unedited || edited) of next-token distributions in nats, mean over the target tokens of a locality
+            probe, over a kind's probes, over kinds; None without locality probes, and in results where it is not
+            finite.
+
+    A measure or kind without probes is left out of its dictionary.
+    """
+
+    accuracy: dict[str, float]
+    accuracy_by_kind: dict[str, float]
+    exact_match: dict[str, float]
+    p_new: float
+    p_old: float
+    kl: float | None
+
+
+@dataclass(frozen=True)
+class Examination:
+    """An edit's probes, tokenised once, and what the unedited model makes of them.
+
+    Build it with `examine` while the model is unedited; `score` then holds an edited model against it.
+
+    Attributes:
+        probes: the edited prompt first, then generality, portability and locality.
+        measures: which of `MEASURES` a probe counts towards.
+        batch: the probes' texts, and after them the edited prompt with the old target.
+        unedited: the unedited model's log-probabilities (N, V) at the N target tokens of every text.
+        unedited_completions: what it says after every probe's prompt.
+        max_new_tokens: how far completions go.
+    """
+
+    probes: tuple[Probe, ...]
+    measures: tuple[str, ...]
+    batch: TargetBatch
+    unedited: tuple[Tensor, ...]
+    unedited_completions: tuple[str, ...]
+    max_new_tokens: int
+
+
+def examine(model: Any, tokenizer: Any, edit: Edit) -> Examination:
+    """Tokenise the probes of an edit and record the unedited model's predictions and completions.
+
+    Args:
+        model: the unedited model, in evaluation mode.
+        tokenizer: its tokenizer.
+        edit: what will be edited; the edited prompt is the first probe.
+    """
+    rewrite = Probe(edit.prompt, edit.target_new, "rewrite", edit.target_new.strip())
+    groups = ((rewrite,), edit.generality, edit.portability, edit.locality)
+    probes = tuple(probe for group in groups for probe in group)
+    measures = tuple(measure for measure, group in zip(MEASURES, groups, strict=True) for _ in group)
+    pairs = [*((probe.prompt, probe.target) for probe in probes), (edit.prompt, edit.target_old)]
+    batch = encode_targets(tokenizer, pairs, model.device)
+    # Room for the closing full stop and the end-of-sequence token: an answer that runs on is not an exact match.
+    max_new_tokens = max(map(len, batch.targets)) + 2
+    return Examination(
+        probes=probes,
+        measures=measures,
+        batch=batch,
+        unedited=teacher_forced(model, batch),
+        unedited_completions=tuple(complete(model, tokenizer, [probe.prompt for probe in probes], max_new_tokens)),
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def score(model: Any, tokenizer: Any, examination: Examination) -> Scores:
+    """Score an edited model: one teacher-forced pass and one generation over all probes of the edit.
+
+    Args:
+        model: the edited model, in evaluation mode.
+        tokenizer: its tokenizer.
+        examination: made by `examine` from the unedited model.
+    """
+    forced, targets = teacher_forced(model, examination.batch), examination.batch.targets
+    completions = complete(model, tokenizer, [probe.prompt for probe in examination.probes], examination.max_new_tokens)
+    accuracy, exact_match, divergence = _Tally(), _Tally(), _Tally()
+    for row, (probe, measure) in enumerate(zip(examination.probes, examination.measures, strict=True)):
+        log_probs, unedited = forced[row], examination.unedited[row]
+        if measure == "loc":
+            is_right = completions[row] == examination.unedited_completions[row]
+            accuracy.add(measure, probe.kind, token_agreement(log_probs, unedited.argmax(dim=-1)))
+            divergence.add(measure, probe.kind, kl_divergence(unedited, log_probs))
+        else:
+            is_right = is_exact_match(completions[row], probe)
+            accuracy.add(measure, probe.kind, token_agreement(log_probs, targets[row]))
+        exact_match.add(measure, probe.kind, float(is_right))
+    return Scores(
+        accuracy=accuracy.by_measure(),
+        accuracy_by_kind=accuracy.by_kind(),
+        exact_match=exact_match.by_measure(),
+        p_new=sequence_probability(forced[0], targets[0]),
+        p_old=sequence_probability(forced[-1], targets[-1]),
+        kl=divergence.by_measure().get("loc"),
+    )
+
+
+@torch.no_grad()
+def teacher_forced(model: Any, batch: TargetBatch) -> tuple[Tensor, ...]:
+    """Log-probabilities (N, V) at the N target tokens of every text, given the true tokens before them."""
+    logits, _ = target_logits(model, batch)
+    lengths = [len(target) for target in batch.targets]
+    log_probs: tuple[Tensor, ...] = logits.float().log_softmax(dim=-1).split(lengths)
+    return log_probs
+
+
+def token_agreement(log_probs: Tensor, tokens: Tensor) -> float:
+    """The share of rows of (N, V) whose argmax is the token (N,)."""
+    return (log_probs.argmax(dim=-1) == tokens).float().mean().item()
+
+
+def sequence_probability(log_probs: Tensor, labels: Tensor) -> float:
+    """The probability of labels (N,) in a row under log-probabilities (N, V)."""
+    return log_probs.gather(1, labels[:, None]).sum().exp().item()
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> float:
+    """KL(p || q) in nats, averaged over the rows of two tensors of log-probabilities (N, V)."""
+    # A token that p rules out adds nothing, also where q rules it out too (0 * (-inf + inf) would be NaN).
+    terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
+    return terms.sum(dim=-1).mean().item()
+
+
+class _Tally:
+    """Values of probes, averaged over each kind of probe and then over the kinds of a measure."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, str], list[float]] = {}
+
+    def add(self, measure: str, kind: str, value: float) -> None:
+        self._values.setdefault((measure, kind), []).append(value)
+
+    def by_kind(self) -> dict[str, float]:
+        return {f"{measure}.{kind}": fmean(values) for (measure, kind), values in self._values.items()}
+
+    def by_measure(self) -> dict[str, float]:
+        kinds: dict[str, list[float]] = {}
+        for (measure, _), values in self._values.items():
+            kinds.setdefault(measure, []).append(fmean(values))
+        return {measure: fmean(values) for measure, values in kinds.items()}
