@@ -16,7 +16,7 @@ from overtone.config import OverToneConfig
 from overtone.huggingface.attached_loss import AttachedLoss
 from overtone.huggingface.calls import Calls
 from overtone.huggingface.forward import RECORD, WatchedForward, refuse_wrapper, unwatch, watch
-from overtone.huggingface.fused_head import FusedHead, refuse_unfusable_model
+from overtone.huggingface.fused_head import FusedHead, refuse_unfusable_model, spreads_vocabulary
 from overtone.huggingface.holding import cut_off_added_terms
 from overtone.huggingface.loss import EvalLoss, Observer, check_eval_loss, checked_config
 from overtone.huggingface.verification import find_causal_lm, refuse_unsupported_model, verify_loss_is_called
@@ -107,7 +107,7 @@ def attach(
     config: OverToneConfig | None = None,
     *,
     observer: Observer | None = None,
-    fused: bool = False,
+    fused: bool | None = None,
     eval_loss: EvalLoss = "cross_entropy",
     hold_group: ProcessGroup | None = None,
 ) -> Attachment:
@@ -128,7 +128,8 @@ def attach(
         observer: called with logits and next tokens in every training step; ``TokenStatesCallback(...).observe``, say.
         fused: compute the loss from the hidden states, a chunk of logits at a time (`overtone.linear_overtone_loss`),
             in every forward with labels by name while gradients are enabled. The logits of its outputs are then None.
-            Without labels, and under ``torch.no_grad()`` as in a Trainer's evaluation, they are there as ever.
+            Without labels, and under ``torch.no_grad()`` as in a Trainer's evaluation, they are there as ever. None:
+            where tensor parallelism spreads the output layer over ranks, so that no rank makes all the logits.
         eval_loss: what the loss is while gradients are disabled: "cross_entropy", so that an evaluation can be
             compared and its exponential is a perplexity, or "overtone", which training without gradients needs.
         hold_group: the ranks of torch.distributed that hold together, all or none; None for all there are.
@@ -156,6 +157,8 @@ def attach(
     for wrapper in wrappers:
         refuse_wrapper(wrapper, causal_lm, can_be_held=False)
     verify_loss_is_called(causal_lm, inside=model)
+    if fused is None:
+        fused = observer is None and spreads_vocabulary(causal_lm)
     if fused:
         if observer is not None:
             raise ValueError("observer must be None with fused=True, which makes no logits that it could be shown")
