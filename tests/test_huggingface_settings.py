@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import transformers
+from packaging.version import Version
 
 from overtone import OverToneConfig
 from overtone.functional import reference_loss
@@ -169,6 +171,8 @@ class TestLayout:
 
     def test_packing(self, arch):
         """Sequences in one row, told apart by their position ids."""
+        if Version(transformers.__version__) < Version("4.53"):
+            pytest.skip(f"transformers {transformers.__version__} tells them apart in flash attention alone")
         model = without_auxiliary(arch)
         rows = self.rows(model)
         batch = {
