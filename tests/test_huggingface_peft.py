@@ -71,19 +71,19 @@ def wrapped(kind: str, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
         model.config.use_cache = False
     settings.update({name: value for name, value in SETTINGS.get(kind, {}).items() if name in known})
     torch.manual_seed(0)
-    model = get_peft_model(model, CONFIGS[kind](**settings)).eval()
-    skip_what_peft_itself_cannot_train(model, batch)
-    return model, batch
+    return in_tuner(model, CONFIGS[kind](**settings), batch), batch
 
 
-def skip_what_peft_itself_cannot_train(model: Any, batch: dict[str, torch.Tensor]) -> None:
-    """Two tuners of PEFT 0.13 ask transformers 4.48 for attributes that are no longer there."""
+def in_tuner(model: Any, config: Any, batch: dict[str, torch.Tensor]) -> Any:
+    """The model in a tuner; two of PEFT 0.13 ask transformers 4.48 for attributes that are no longer there."""
     if Version(peft.__version__) >= Version("0.18"):
-        return
+        return get_peft_model(model, config).eval()
     try:
+        model = get_peft_model(model, config).eval()
         step(model, batch)
     except AttributeError as error:
         pytest.skip(f"PEFT {peft.__version__} cannot train it with transformers {transformers.__version__}: {error}")
+    return model
 
 
 def step(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -165,9 +165,7 @@ class TestVirtualTokens:
         model = tiny_models.build(sharpness=3)
         batch = tiny_models.ragged_batch(model)
         torch.manual_seed(0)
-        model = get_peft_model(model, VIRTUAL[kind]()).eval()
-        skip_what_peft_itself_cannot_train(model, batch)
-        return model, batch
+        return in_tuner(model, VIRTUAL[kind](), batch), batch
 
     @pytest.mark.parametrize("kind", sorted(VIRTUAL))
     @pytest.mark.parametrize("fused", [False, True])
