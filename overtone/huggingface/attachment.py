@@ -131,8 +131,9 @@ def attach(
             Without labels, and under ``torch.no_grad()`` as in a Trainer's evaluation, they are there as ever. None:
             where tensor parallelism spreads the output layer over ranks, so that no rank makes all the logits.
         eval_loss: what the loss is while gradients are disabled: "cross_entropy", so that an evaluation can be
-            compared and its exponential is a perplexity, or "overtone", which training without gradients needs.
-        hold_group: the ranks of torch.distributed that hold together, all or none; None for all there are.
+            compared and its exponential is a perplexity, or "overtone", which training without gradients needs (MeZO).
+        hold_group: the ranks of torch.distributed that hold together, all or none, each of which has to make the call;
+            None for all there are.
 
     Returns:
         A handle with ``detach()``, which is also a context manager.
@@ -140,14 +141,15 @@ def attach(
     Raises:
         TypeError: if there is no Hugging Face model inside, or config is not an OverToneConfig.
         ValueError: if the model would not call the loss: its forward computes its loss another way, it is not a causal
-            language model, Liger's fused loss is on it, or PEFT's CPT around it. One forward of two tokens finds out
-            (not where parameters are sharded or not loaded; there the first training step does). With fused=True also
-            if the logits are not those of a plain ``torch.nn.Linear`` (soft-capping, a scale, PEFT or quantisation on
-            the output layer), if parameters are sharded or not loaded, or for an observer. Nothing has changed then.
+            language model, a Liger without ``skip_logits`` is on it, or PEFT's CPT around it. One forward of two tokens
+            finds out (not where parameters are sharded or not loaded; there the first training step does). With
+            fused=True also if the logits are not those of a plain ``torch.nn.Linear`` (soft-capping, a scale, PEFT or
+            quantisation on the output layer), if parameters are sharded or not loaded, or for an observer. Nothing has
+            changed then.
             Later, from a Trainer that computes another loss: label_smoothing_factor, a compute_loss_func.
-        RuntimeError: later, from a training step whose loss was computed by something else: Liger's or TRL's fused
-            loss, put on the model after `attach`, or a Trainer that keeps the labels to itself; or whose output layer
-            is no longer one that can be fused.
+        RuntimeError: later, from a training step whose loss was computed by something else: TRL's fused loss, put
+            on the model after `attach`, or a Trainer that keeps the labels to itself; or whose output layer is no
+            longer one that can be fused.
     """
     config = checked_config(config)
     check_eval_loss(eval_loss)
