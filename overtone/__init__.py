@@ -15,11 +15,13 @@ from overtone.config import OverToneConfig
 from overtone.diagnostics import TokenStates, token_states
 from overtone.linear import linear_overtone_loss
 from overtone.loss import OverToneLoss, overtone_loss
+from overtone.shard import VocabularyShard
 
 __all__ = [
     "OverToneConfig",
     "OverToneLoss",
     "TokenStates",
+    "VocabularyShard",
     "functional",
     "linear_overtone_loss",
     "overtone_loss",

@@ -47,8 +47,15 @@ def _check_number(name: str, value: object, expected: str, accepted: Callable[[f
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
-def check_tensors(logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> None:
-    """Raise a ValueError or TypeError unless logits are ``(..., V)`` floats and labels ``(...)`` integers."""
+def check_tensors(
+    logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None, *, may_be_empty: bool = False
+) -> None:
+    """Raise a ValueError or TypeError unless logits are ``(..., V)`` floats and labels ``(...)`` integers.
+
+    Args:
+        logits, labels, reference_logits: as in `overtone.overtone_loss`.
+        may_be_empty: V may be 0, of a rank that has no part of the vocabulary.
+    """
     for name, value in (("logits", logits), ("labels", labels)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -58,7 +65,7 @@ def check_tensors(logits: Tensor, labels: Tensor, reference_logits: Tensor | Non
         raise ValueError(f"labels must be integer token ids, got {labels.dtype}: class probabilities are not supported")
     if logits.dim() == 0 or logits.shape[:-1] != labels.shape:
         raise ValueError(_shape_message(logits, labels))
-    if logits.shape[-1] == 0:
+    if logits.shape[-1] == 0 and not may_be_empty:
         raise ValueError(f"logits must have a vocabulary in their last dimension, got shape {tuple(logits.shape)}")
     if logits.device != labels.device:
         raise ValueError(f"labels must be on the device of logits ({logits.device}), got {labels.device}")
@@ -103,7 +110,7 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
 def flatten_tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """``(..., V)`` to ``(N, V)`` and ``(...)`` to ``(N,)`` int64."""
     # What is flat already stays as it is: a view of it would be a node of the graph, or time, for nothing.
-    flat_logits = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    flat_logits = logits if logits.dim() == 2 else logits.reshape(labels.numel(), logits.shape[-1])
     flat_labels = labels if labels.dim() == 1 else labels.reshape(-1)
     return flat_logits, flat_labels.long()
 

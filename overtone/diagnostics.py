@@ -12,6 +12,7 @@ from overtone.config import OverToneConfig
 from overtone.functional import ground_truth_check, mix_target, top_n_sigma_filter
 from overtone.hold import is_settled, read_hold
 from overtone.loss import overtone_loss
+from overtone.shard import VocabularyShard, refuse_reference_with_shard, take_shard
 
 __all__ = ["TokenStates", "token_states", "underfitting_degree"]
 
@@ -50,6 +51,7 @@ def token_states(
     *,
     reference_logits: Tensor | None = None,
     ignore_index: int = -100,
+    shard: VocabularyShard | None = None,
 ) -> TokenStates:
     """How the loss sees each token; no gradient, and no more memory than a block of rows.
 
@@ -59,15 +61,20 @@ def token_states(
         config: the settings of the loss; None for the defaults. check=False counts every token as mixed.
         reference_logits: ``(..., V)``, the unedited model's logits, if the loss uses them.
         ignore_index: label of positions that do not count.
+        shard: as in `overtone.overtone_loss`; every rank then sees a block of whole rows at a time.
 
     Raises:
         ValueError, TypeError: as `overtone.overtone_loss`.
     """
     config = config or OverToneConfig()
-    check_tensors(logits, labels, reference_logits)
+    logits, labels, shard = take_shard(logits, labels, shard)
+    if reference_logits is not None:
+        refuse_reference_with_shard(shard)
+    check_tensors(logits, labels, reference_logits, may_be_empty=shard is not None)
+    vocabulary = logits.shape[-1] if shard is None else shard.size
     token_logits, token_labels = flatten_tokens(logits, labels)
     reference = None if reference_logits is None else reference_logits.reshape(token_logits.shape)
-    check_labels(token_labels, token_logits.shape[-1], ignore_index)
+    check_labels(token_labels, vocabulary, ignore_index)
     counted = token_labels != ignore_index
     settings = {**config.as_kwargs(), "epsilon": 0.0, "hold": None}
     kl = overtone_loss(
@@ -76,14 +83,16 @@ def token_states(
         reference_logits=reference,
         ignore_index=ignore_index,
         reduction="none",
+        shard=shard,
         **settings,
     )
     log_prob = torch.zeros_like(kl)
     mixed, correct = torch.zeros_like(counted), torch.zeros_like(counted)
     kept = torch.zeros_like(token_labels)
-    size = max(1, BLOCK_ELEMENTS // token_logits.shape[1])
+    size = max(1, BLOCK_ELEMENTS // vocabulary)
     for rows in torch.split(counted.nonzero().squeeze(1), size):
         scores, truth = token_logits[rows].to(working_dtype(logits)), token_labels[rows]
+        scores = scores if shard is None else shard.whole_rows(scores)
         source = scores if reference is None else reference[rows].to(scores.dtype)
         filtered = top_n_sigma_filter(source, config.n_sigma)
         candidate = mix_target(filtered.softmax(dim=1), truth, config.lam)

@@ -7,6 +7,7 @@ Source: Liu et al., "Mitigating Heterogeneous Token Overfitting in LLM Knowledge
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,9 +29,11 @@ from overtone.hold import (
     is_settled,
     read_hold,
     refuse_hold_in_graph,
-    refuse_hold_when_distributed,
     release_when_held,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "build_target",
@@ -203,6 +206,7 @@ def reference_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     hold: HoldValue = None,
+    hold_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The OverTone loss by its definition, for readers and for tests; arguments as in `overtone.overtone_loss`.
 
@@ -212,7 +216,6 @@ def reference_loss(
     check_hyperparameters(epsilon, n_sigma, lam, check)
     check_reduction(reduction, ignore_index)
     check_tensors(logits, labels, reference_logits)
-    refuse_hold_when_distributed(holding)
     refuse_hold_in_graph(holding)
     token_logits, token_labels = flatten_tokens(logits, labels)
     if logits.device.type == "cpu":  # elsewhere a synchronisation
@@ -236,5 +239,5 @@ def reference_loss(
     loss = reduce_tokens(torch.where(settled, epsilon, kl), counted, reduction)
     if holding:
         waits_for = None if correct is None else correct[counted]
-        loss = release_when_held(loss, kl.detach()[counted], epsilon, holding, waits_for)
+        loss = release_when_held(loss, kl.detach()[counted], epsilon, holding, waits_for, hold_group)
     return loss.reshape(labels.shape) if reduction == "none" else loss

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 HoldValue: TypeAlias = bool | str | float | Sequence[str | float] | None
 """What an argument `hold` takes; see `read_hold`."""
@@ -54,27 +58,31 @@ class Hold:
         parts: tuple[str | float, ...] = (*words, *([] if self.mean is None else [self.mean]))
         return parts if len(parts) > 1 else parts[0] if parts else None
 
-    def is_met(self, token_kl: Tensor, epsilon: float, correct: Tensor | None) -> bool:
-        """Whether a call is held; one without tokens needs nothing.
+    def is_met(
+        self, token_kl: Tensor, epsilon: float, correct: Tensor | None, group: ProcessGroup | None = None
+    ) -> bool:
+        """Whether a call is held: the same on every rank, of whose tokens together it is asked; none need nothing.
 
         Args:
-            token_kl: ``(M,)``, of the counted tokens, unclipped, in nats.
+            token_kl: ``(M,)``, of this rank's counted tokens, unclipped, in nats.
             epsilon: a token is settled below it.
             correct: ``(M,)``, bool; needed where the hold waits for it.
+            group: the ranks that decide together; None for all.
         """
         if not self:
             return False
-        if token_kl.numel() == 0:
-            return True
-        met = torch.ones((), dtype=torch.bool, device=token_kl.device)
-        if self.correct:
-            assert correct is not None
-            met = met & correct.all()
-        if self.settled:
-            met = met & is_settled(token_kl, epsilon, None).all()
-        if self.mean is not None:
-            met = met & (token_kl.mean() <= self.mean)
-        return bool(met)
+        unsettled = ~is_settled(token_kl, epsilon, None)
+        sums = [torch.ones_like(token_kl).sum(), token_kl.sum(), unsettled.sum()]
+        sums += [] if correct is None else [(~correct).sum()]
+        summary = torch.stack([value.to(token_kl.dtype) for value in sums])
+        if are_several_ranks(group):
+            torch.distributed.all_reduce(summary, group=group)
+        count, total, unsettled_count, *wrong_count = summary.tolist()
+        return (
+            not (self.settled and unsettled_count)
+            and not (self.correct and wrong_count[0])
+            and (self.mean is None or count == 0 or total / count <= self.mean)
+        )
 
 
 NEVER = Hold()
@@ -109,17 +117,6 @@ def read_hold(value: HoldValue) -> Hold:
     return Hold("correct" in words, "settled" in words, numbers[0] if numbers else None)
 
 
-def refuse_hold_when_distributed(hold: Hold) -> None:
-    """Raise a ValueError where wrappers such as DDP and FSDP wait for a gradient of every parameter on other ranks."""
-    if not hold or not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    if torch.distributed.get_world_size() > 1:
-        raise ValueError(
-            f"hold={hold.value!r} cannot be used on {torch.distributed.get_world_size()} ranks: DDP and FSDP need a "
-            "gradient from every parameter in every step, and a held step has none; pass hold=None"
-        )
-
-
 def refuse_hold_in_graph(hold: Hold) -> None:
     """Raise a ValueError while torch.compile traces: which gradients there are cannot depend on values in a graph.
 
@@ -132,20 +129,87 @@ def refuse_hold_in_graph(hold: Hold) -> None:
         )
 
 
-def release_when_held(loss: Tensor, token_kl: Tensor, epsilon: float, hold: Hold, correct: Tensor | None) -> Tensor:
-    """The loss, cut off from the model if the call is held.
+def release_when_held(
+    loss: Tensor,
+    token_kl: Tensor,
+    epsilon: float,
+    hold: Hold,
+    correct: Tensor | None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """The loss, without an effect on the model if the call is held.
 
     Args:
         loss: of any shape, with its graph.
-        token_kl, epsilon, correct: as in `Hold.is_met`.
+        token_kl, epsilon, correct, group: as in `Hold.is_met`.
         hold: when to.
 
     Returns:
-        loss itself, or the same values with a graph of their own, which ends at once.
+        loss itself, or its values as `without_effect` has them.
     """
-    if not loss.requires_grad or not hold.is_met(token_kl, epsilon, correct):
+    if not loss.requires_grad or not hold.is_met(token_kl, epsilon, correct, group):
         return loss
+    return without_effect(loss)
+
+
+def without_effect(loss: Tensor) -> Tensor:
+    """The same values, whose `backward` works and changes no gradient.
+
+    As a rule they have a graph of their own, which ends at once. On several ranks, gradients that earlier micro-batches
+    have left wait for a backward pass of the last one to be exchanged (DistributedDataParallel's `no_sync`): then it
+    goes through the model with zeros, which add nothing to them.
+    """
+    if are_several_ranks(None):
+        nodes = list(_nodes_below(loss))
+        if not RESHARDS_BY_ITSELF.get() and any(node.name().startswith(_FSDP2_NODE) for node in nodes):
+            warnings.warn(
+                "a held step has no backward pass, before which FSDP2 keeps the root's weights as they are: where it "
+                "is one of several micro-batches, call model.reshard() after it, or use overtone.huggingface",
+                stacklevel=4,
+            )
+        weights = (getattr(node, "variable", None) for node in nodes)
+        if any(weight is not None and weight.grad is not None for weight in weights):
+            zeroed: Tensor = _ZeroGradient.apply(loss)  # type: ignore[no-untyped-call]
+            return zeroed
     return loss.detach().requires_grad_().clone()
+
+
+RESHARDS_BY_ITSELF: ContextVar[bool] = ContextVar("overtone_reshards_by_itself", default=False)
+"""Whether who asks for a loss sees to FSDP2's weights after a held step."""
+
+_FSDP2_NODE = "RegisterPostBackwardFunction"
+
+
+def sends_nothing(node: torch.autograd.graph.Node) -> bool:
+    """Whether it is the place in a graph where `without_effect` has put zeros."""
+    return node.name() == "_ZeroGradientBackward"
+
+
+class _ZeroGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.zeros_like(grad)
+
+
+def are_several_ranks(group: ProcessGroup | None) -> bool:
+    """Whether there is anybody to agree with."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size(group) > 1
+
+
+def _nodes_below(loss: Tensor) -> Iterator[torch.autograd.graph.Node]:
+    """Every node of the graph that the loss has come from."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [below for below, _ in node.next_functions]
+            yield node
 
 
 Arguments = ParamSpec("Arguments")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,10 +24,13 @@ from overtone.hold import (
     accepts_old_names,
     is_settled,
     read_hold,
-    refuse_hold_when_distributed,
     release_when_held,
 )
 from overtone.kernels import Clip, Fit, Kernel, Target, choose
+from overtone.shard import VocabularyShard, take_layer_shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["linear_overtone_loss"]
 
@@ -72,6 +75,8 @@ def linear_overtone_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     hold: HoldValue = None,
+    hold_group: ProcessGroup | None = None,
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """`overtone_loss(F.linear(hidden, weight, bias), labels, ...)` without ever holding all the logits.
 
@@ -88,7 +93,10 @@ def linear_overtone_loss(
         bias: ``(V,)`` or None.
         chunk_size: rows whose logits are held at once, or as many logits of a slice of the vocabulary of at least 64
             tokens; None for as many rows as make 2**25 logits, in multiples of 64 and at least 64.
-        epsilon, n_sigma, lam, check, ignore_index, reduction, hold: as in `overtone_loss`.
+        epsilon, n_sigma, lam, check, ignore_index, reduction, hold, hold_group: as in `overtone_loss`.
+        shard: where the weight's tokens lie if they are this rank's part of a vocabulary that is spread over ranks, on
+            which hidden and labels are alike. The gradient of hidden is summed over them, once. A DTensor weight placed
+            as ``Shard(0)`` says so itself, and hidden and labels may be replicated DTensors.
         reference_logits: None, since it would be all the logits of another model, which this function is there to
             avoid; pass it to `overtone_loss` with this model's logits.
 
@@ -107,12 +115,13 @@ def linear_overtone_loss(
             "pass them to overtone_loss(F.linear(hidden, weight, bias), labels, reference_logits=...)"
         )
     _check_types(hidden, weight, bias)
+    hidden, weight, bias, labels, shard = take_layer_shard(hidden, weight, bias, labels, shard)
     hidden, weight, bias = _in_autocast_dtype(hidden, weight, bias)
     _check_layer(hidden, weight, bias, chunk_size)
-    check_tensors(hidden.new_empty(()).expand(*hidden.shape[:-1], len(weight)), labels)
-    refuse_hold_when_distributed(holding)
+    vocabulary = len(weight) if shard is None else shard.size
+    check_tensors(hidden.new_empty(()).expand(*hidden.shape[:-1], vocabulary), labels)
     token_labels = labels.reshape(-1).long()
-    check_labels(token_labels, len(weight), ignore_index)
+    check_labels(token_labels, vocabulary, ignore_index)
     counted = token_labels != ignore_index
     rows = counted.nonzero().squeeze(1)
 
@@ -122,15 +131,16 @@ def linear_overtone_loss(
         labels=token_labels[rows],
         target=Target(n_sigma, float(lam), check),
         clip=Clip(float(epsilon), holding.correct),
-        chunk_size=chunk_size or CHUNK_MULTIPLE * max(1, CHUNK_ELEMENTS // CHUNK_MULTIPLE // len(weight)),
+        chunk_size=chunk_size or CHUNK_MULTIPLE * max(1, CHUNK_ELEMENTS // CHUNK_MULTIPLE // vocabulary),
         row_weight=1 / max(1, len(rows)) if is_divided_now else 1.0,
         correct=torch.empty_like(rows, dtype=torch.bool),
+        shard=shard,
     )
     kl: Tensor = _LinearKl.apply(  # type: ignore[no-untyped-call]
         hidden.reshape(-1, hidden.shape[-1])[rows], weight, bias, tokens, torch.is_grad_enabled()
     )
     token_loss = kl.new_zeros(token_labels.shape).index_copy(0, rows, torch.where(tokens.settled(kl), epsilon, kl))
-    token_loss = release_when_held(token_loss, kl.detach(), epsilon, holding, tokens.correct)
+    token_loss = release_when_held(token_loss, kl.detach(), epsilon, holding, tokens.correct, hold_group)
     return reduce_tokens(token_loss, counted, reduction).reshape(labels.shape if reduction == "none" else ())
 
 
@@ -177,6 +187,7 @@ class _Tokens(NamedTuple):
         chunk_size: rows to work on at a time.
         row_weight: what each token's gradient is multiplied by in the forward pass, as the reduction will.
         correct: ``(M,)``, filled in: whether each label is strictly the model's first choice.
+        shard: where the weight's tokens lie, if they are a part of the vocabulary.
     """
 
     labels: Tensor
@@ -185,6 +196,7 @@ class _Tokens(NamedTuple):
     chunk_size: int
     row_weight: float
     correct: Tensor
+    shard: VocabularyShard | None
 
     def settled(self, kl: Tensor) -> Tensor:
         """Whether each token is let go, given its KL."""
@@ -229,7 +241,7 @@ def _chunked(
     grad_kl = torch.zeros_like(kl)
     coefficients = kl.new_empty(5, rows)
     buffer = hidden.new_empty(min(tokens.chunk_size, rows), vocabulary)
-    kernel = choose(buffer)
+    kernel = choose(buffer, tokens.shard)
     is_wanted_now = wanted[0] or (any(wanted) and not by_slices)
     for start in range(0, rows, tokens.chunk_size):
         chunk = slice(start, min(start + tokens.chunk_size, rows))
@@ -245,6 +257,8 @@ def _chunked(
             torch.mm(logits, weight, out=gradients.hidden[chunk])
         if not by_slices:
             _add_gradients(gradients, logits, hidden[chunk])
+    if gradients.hidden is not None and tokens.shard is not None:
+        tokens.shard.total(gradients.hidden)
     if by_slices and (wanted[1] or wanted[2]):
         _write_gradients_by_slices(
             gradients, hidden, weight, bias, tokens, kernel, coefficients, grad_kl, buffer.view(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,13 @@ from overtone.hold import (
     accepts_old_names,
     read_hold,
     refuse_hold_in_graph,
-    refuse_hold_when_distributed,
     release_when_held,
 )
 from overtone.kernels import Clip, Kernel, Target, choose
+from overtone.shard import VocabularyShard, refuse_reference_with_shard, take_shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["OverToneLoss", "overtone_loss"]
 
@@ -43,6 +46,8 @@ def overtone_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     hold: HoldValue = None,
+    hold_group: ProcessGroup | None = None,
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """The OverTone loss: ``max(KL(target || softmax(logits)), epsilon)`` a token (Eq. 2, Eq. 3, Algorithm 1).
 
@@ -71,18 +76,25 @@ def overtone_loss(
             below it; a mean hides single tokens. A tuple of these, such as ``("correct", 0.2)``: when all are true. A
             call without counted tokens is held by any. `torch.amp.GradScaler` raises in a step without gradients, so
             use it with float32 or bfloat16, not with float16 autocast.
+        hold_group: the ranks of torch.distributed that hold together, all or none; each has to make the call. None for
+            all there are, which is what data parallelism needs.
+        shard: where the logits lie if they are this rank's part ``(..., V_local)`` of a vocabulary that is spread over
+            ranks, as Megatron leaves them; labels are then those of the whole vocabulary, and every rank of the shard's
+            group gets the same loss. A DTensor placed as ``Shard(-1)`` says so itself.
 
     Returns:
         A scalar, or ``(...)`` for reduction "none"; float64 for float64 logits, else float32.
 
     Raises:
         ValueError: for shapes that do not match, integer logits, labels out of range (on a CUDA device torch's own
-            device-side assertion reports them), hyper-parameters out of range, a hold on several
-            ranks of torch.distributed, or one inside of torch.compile(fullgraph=True).
+            device-side assertion reports them), hyper-parameters out of range, a hold
+            inside of torch.compile(fullgraph=True), or a DTensor whose rows are split otherwise.
         TypeError: for an argument of the wrong type.
         NotImplementedError: under forward-mode differentiation; the loss has first derivatives in reverse mode.
     """
+    logits, labels, shard = take_shard(logits, labels, shard)
     if reference_logits is not None:
+        refuse_reference_with_shard(shard)
         return reference_loss(
             logits,
             labels,
@@ -94,16 +106,16 @@ def overtone_loss(
             ignore_index=ignore_index,
             reduction=reduction,
             hold=hold,
+            hold_group=hold_group,
         )
     holding = read_hold(hold)
     check_hyperparameters(epsilon, n_sigma, lam, check)
     check_reduction(reduction, ignore_index)
-    check_tensors(logits, labels)
-    refuse_hold_when_distributed(holding)
+    check_tensors(logits, labels, may_be_empty=shard is not None)
     refuse_hold_in_graph(holding)
     refuse_forward_mode(logits)
     token_logits, token_labels = flatten_tokens(logits, labels)
-    kernel = choose(token_logits)
+    kernel = choose(token_logits, shard)
     correct_only = holding.correct
     loss: Tensor
     is_transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
@@ -123,7 +135,7 @@ def overtone_loss(
     if holding:
         counted = token_labels != ignore_index
         correct = coefficients[4, counted] != 0 if correct_only else None
-        loss = release_when_held(loss, kl[counted], epsilon, holding, correct)
+        loss = release_when_held(loss, kl[counted], epsilon, holding, correct, hold_group)
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
 
@@ -136,6 +148,7 @@ class OverToneLoss(nn.Module):
         reduction: "mean", "sum" or "none".
         weight, label_smoothing, size_average, reduce: there so that a call written for CrossEntropyLoss is understood;
             any value but CrossEntropyLoss's default raises a ValueError, since the loss could not honour it.
+        hold_group, shard: as in `overtone_loss`.
     """
 
     def __init__(
@@ -148,6 +161,8 @@ class OverToneLoss(nn.Module):
         label_smoothing: float = 0.0,
         size_average: bool | None = None,
         reduce: bool | None = None,
+        hold_group: ProcessGroup | None = None,
+        shard: VocabularyShard | None = None,
     ) -> None:
         super().__init__()
         if config is not None and not isinstance(config, OverToneConfig):
@@ -168,6 +183,8 @@ class OverToneLoss(nn.Module):
         self.config = config or OverToneConfig()
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
+        self.hold_group = hold_group
+        self.shard = shard
 
     def forward(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
         """The loss of logits ``(..., V)`` and labels ``(...)``; see `overtone_loss`."""
@@ -177,6 +194,8 @@ class OverToneLoss(nn.Module):
             reference_logits=reference_logits,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            hold_group=self.hold_group,
+            shard=self.shard,
             **self.config.as_kwargs(),
         )
 

@@ -85,6 +85,8 @@ class TupleT5(T5ForConditionalGeneration):
     """Returns tuples unless it is asked not to."""
 
     def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
+        # A Trainer passes it to every forward that takes any argument.
+        kwargs.pop("num_items_in_batch", None)
         outputs = super().forward(*args, return_dict=True, **kwargs)
         return outputs if return_dict else outputs.to_tuple()
 

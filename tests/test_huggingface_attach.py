@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from tiny_trainer import gradients_of
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
     AutoModelForCausalLM,
@@ -258,6 +259,54 @@ class TestVerification:
             torch.distributed.destroy_process_group()
 
 
+class TestLiger:
+    """Its forward leaves the loss to the model when it is told not to skip the logits."""
+
+    @staticmethod
+    def put_on(model: Any) -> None:
+        """As Liger does with its kernels, here with a loss of 7 for the fused one."""
+        own = type(model).forward
+
+        def forward(self: Any, labels: Any = None, skip_logits: bool | None = None, **inputs: Any) -> Any:
+            if self.training and labels is not None if skip_logits is None else skip_logits:
+                outputs = own(self, **inputs)
+                outputs.loss, outputs.logits = outputs.logits.sum() * 0 + 7, None
+                return outputs
+            return own(self, labels=labels, **inputs)
+
+        model.forward = forward.__get__(model)
+
+    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize("first", ["attach", "liger"])
+    def test_beside_its_kernels_the_attached_loss_trains(self, model, batch, first, fused):
+        """Whichever of the two was put on first, with the gradients of the attached loss alone."""
+        model.train()
+        with attach(model):
+            expected = gradients_of(model(**batch).loss, model)
+        if first == "liger":
+            self.put_on(model)
+        with attach(model, fused=fused):
+            if first == "attach":
+                self.put_on(model)
+            outputs = model(**batch)
+        assert (outputs.logits is None) == fused
+        torch.testing.assert_close(gradients_of(outputs.loss, model), expected, rtol=1e-4, atol=1e-5)
+        assert model(**batch).loss == 7
+
+    def test_an_evaluation_that_skips_the_logits_computes_the_attached_loss(self, model, batch):
+        """Trainer asks to skip them, and Liger knows neither eval_loss nor a loss_mask."""
+        self.put_on(model)
+        with torch.no_grad(), attach(model, OverToneConfig(epsilon=100.0), eval_loss="overtone"):
+            assert model(**batch, skip_logits=True).loss == 100
+
+    def test_a_compiled_model_asks_too(self, model, batch):
+        """In the graph, where nothing is there to be looked at."""
+        self.put_on(model.train())
+        torch.compiler.reset()
+        with attach(model, OverToneConfig(epsilon=100.0)):
+            assert torch.compile(model, backend="eager")(**batch).loss == 100
+
+
 class TestBypass:
     FUSED = (
         ("liger_kernel.transformers.model.llama", "Liger's fused_linear_cross_entropy"),
@@ -295,8 +344,7 @@ class TestBypass:
 
     def test_trls_fused_head_is_refused_by_name(self, model, batch):
         """SFTTrainer computes its loss past the model's loss_function for every loss_type."""
-        from trl.trainer.utils import add_fused_lm_head
-
+        add_fused_lm_head = pytest.importorskip("trl.trainer.utils").add_fused_lm_head
         with attach(model):
             add_fused_lm_head(model)
             assert loss_of(model, batch) > 0
@@ -335,16 +383,16 @@ class TestBypass:
             with pytest.raises(RuntimeError, match="bypassed"):
                 model(**batch, return_dict=False)
 
-    def test_dtensor_logits_are_refused_with_the_reason(self):
-        """Vocabulary shards cannot be filtered one by one."""
+    def test_dtensor_logits_are_the_tensor_that_they_stand_for(self):
+        """As tensor parallelism may leave them; spread over ranks they are tested in test_distributed.py."""
         from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         try:
             mesh = init_device_mesh("cpu", (1,))
-            logits = DTensor.from_local(torch.randn(1, 3, 5), mesh, [Replicate()])
-            with pytest.raises(ValueError, match=r"logits must be a plain tensor, got a DTensor .*full_tensor"):
-                causal_lm_loss(logits, torch.zeros(1, 3, dtype=torch.long))
+            logits, labels = torch.randn(1, 3, 5), torch.zeros(1, 3, dtype=torch.long)
+            spread = DTensor.from_local(logits, mesh, [Replicate()])
+            assert causal_lm_loss(spread, labels) == causal_lm_loss(logits, labels)
         finally:
             torch.distributed.destroy_process_group()
 

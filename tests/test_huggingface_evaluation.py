@@ -65,6 +65,8 @@ class TestTrainer:
     def test_eval_loss(self, model, batch, way, eval_loss, tmp_path):
         """As without the loss, or the floor of 50 that was asked for; perplexities and best checkpoints follow."""
         args = arguments(tmp_path, per_device_eval_batch_size=3)
+        # Trainers of older versions count the first label, which nothing predicts.
+        batch["labels"][:, 0] = -100
         own = Trainer(model=model, args=args, eval_dataset=rows(batch)).evaluate()["eval_loss"]
         expected = own if eval_loss == "cross_entropy" else 50
         given: dict[str, Any] = {}

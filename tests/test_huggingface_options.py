@@ -212,6 +212,9 @@ class TestCollator:
     def test_ragged_rows_train(self, way, tmp_path):
         """A Trainer's loss is the weighted sum over the tokens that count."""
         model = tiny_models.build()
+        features = self.features()
+        # Trainers of older versions count the first label, which nothing predicts.
+        features[1]["labels"][0] = -100
         given: dict[str, Any] = {}
         if way == "attach":
             attach(model, CONSTANT)
@@ -220,7 +223,7 @@ class TestCollator:
         trainer = Trainer(
             model=model,
             args=arguments(tmp_path, per_device_train_batch_size=2, remove_unused_columns=False),
-            train_dataset=self.features(),
+            train_dataset=features,
             data_collator=DataCollatorWithLossMask(word_tokenizer()),
             **given,
         )

@@ -1,13 +1,15 @@
 """Every causal language model of transformers that can be built tiny: attached cross-entropy changes nothing.
 
 Slow, so not among the tests that run by default: ``pytest -m slow tests/test_huggingface_sweep.py``; with
-``OVERTONE_SWEEP=table.md`` it writes what it found.
+``OVERTONE_SWEEP=table.csv`` it writes what it found.
 """
 
 from __future__ import annotations
 
+import csv
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +22,51 @@ from overtone.huggingface import attach
 
 CROSS_ENTROPY = OverToneConfig(lam=1.0, epsilon=0.0)
 TINY: tuple[tuple[str, int], ...] = (
-    (r"vocab_size(_per_layer_input)?$", 61),
+    (r"(decoder_)?vocab_size(_per_layer_input)?", 61),
     (
-        r"(hidden_size|n_embd|d_model|dim|embedding_size|word_embed_proj_dim|model_dim|hidden_dim|attention_hidden_size)$",
+        r"hidden_size|n_embd|d_model|dim|emb_dim|embedding_(size|dim)|word_embed_proj_dim|model_dim|hidden_dim|"
+        r"attention_hidden_size|mamba_intermediate_size",
         16,
     ),
-    (r"(intermediate_size|n_inner|ffn_dim|d_ff|d_inner|ffn_hidden_size|encoder_ffn_dim|decoder_ffn_dim)$", 32),
-    (r"(num_hidden_layers|n_layer|n_layers|num_layers|encoder_layers|decoder_layers|num_decoder_layers)$", 2),
-    (r"(num_attention_heads|n_head|n_heads|num_heads|encoder_attention_heads|decoder_attention_heads)$", 2),
-    (r"(num_key_value_heads|num_kv_heads|n_head_kv)$", 2),
-    (r"(head_dim|d_kv|rotary_dim|kv_channels)$", 8),
-    (r"(num_local_experts|num_experts|n_routed_experts|moe_num_experts)$", 4),
-    (r"(num_experts_per_tok|moe_topk|moe_k|num_experts_per_token)$", 2),
-    (r"(moe_intermediate_size|shared_expert_intermediate_size)$", 16),
-    (r"(max_position_embeddings|n_positions|max_seq_len)$", 64),
-    (r"(pad_token_id|bos_token_id|eos_token_id)$", 0),
+    (r"intermediate_size|n_inner|ffn_dim|d_ff|d_inner|(expert_)?ffn_hidden_size|(en|de)coder_ffn_dim", 32),
+    (r"num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_layers|num_blocks", 2),
+    (r"num_attention_heads|n_heads?|num_heads|(en|de)coder_attention_heads", 2),
+    (r"num_key_value_heads|num_kv_heads|n_head_kv", 2),
+    (r"head_dim|d_kv|rotary_dim|kv_channels|qk_(no|ro)pe_head_dim|v_head_dim", 8),
+    (r"[qk]v?_lora_rank", 16),
+    (r"n_group|num_expert_group|topk_group|mamba_n_?groups|n_groups|first_k_dense_replace|num_dense_layers", 1),
+    (r"num_local_experts|num_experts|n_routed_experts|moe_num_experts|zero_expert_num", 4),
+    (r"num_experts_per_tok(en)?|moe_topk|moe_k", 2),
+    (r"moe_intermediate_size|shared_(expert_)?intermediate_size", 16),
+    (r"(mamba_)?(d_)?state(_size)?|mamba_d_state|(mamba_)?chunk_size", 8),
+    (r"mamba_n_heads|n_mamba_heads|linear_num_(key|value)_heads", 4),
+    (r"mamba_d_head|mamba_headdim|linear_(key|value)_head_dim", 8),
+    (r"max_position_embeddings|n_positions|max_seq_len|n_ctx", 64),
+    (r"(pad|bos|eos)_token_id", 0),
 )
+MORE: dict[str, dict[str, Any]] = {
+    "CodeGenConfig": {"n_head": 4, "n_embd": 32},
+    "Mamba2Config": {"num_heads": 4},
+    "HunYuanDenseV1Config": {"head_dim": 8},
+    "HunYuanMoEV1Config": {"head_dim": 8},
+    "MinistralConfig": {"head_dim": 8},
+    "NemotronConfig": {"num_key_value_heads": 2},
+    "LongcatFlashConfig": {"qk_head_dim": 16},
+    "DeepseekV2Config": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "Dots1Config": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "Gemma3nTextConfig": {"num_kv_shared_layers": 0},
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
+    "MiMoV2FlashConfig": {"head_dim": 24, "v_head_dim": 24},
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 1,
+    },
+    "XmodConfig": {"default_language": "en_XX"},
+}
+"""What a name alone does not say."""
 PARAMETERS_AT_MOST = 60_000_000
 CLASSES = sorted({(config.__name__, config) for config in MODEL_FOR_CAUSAL_LM_MAPPING}, key=lambda pair: pair[0])
 
@@ -51,23 +82,22 @@ def shrink(config: Any) -> Any:
             for pattern, size in TINY:
                 if re.fullmatch(pattern, name) and (value > size or "token_id" in name):
                     setattr(config, name, size)
+    for name, value in MORE.get(type(config).__name__, {}).items():
+        setattr(config, name, value)
     return config
 
 
 def build(kind: Any) -> Any:
-    """A tiny model of that configuration, or a skip that says why there is none."""
+    """A tiny model of that configuration; an error of transformers where there is none."""
     torch.manual_seed(0)
-    try:
-        config = shrink(kind())
-        config.use_cache = False
-        with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-        if size > PARAMETERS_AT_MOST:
-            pytest.skip(f"{size / 1e6:.0f} M parameters")
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
-    except Exception as error:
-        pytest.skip(f"no tiny model: {type(error).__name__}: {str(error)[:60]}")
+    config = shrink(kind())
+    config.use_cache = False
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if size > PARAMETERS_AT_MOST:
+        raise ValueError(f"{size / 1e6:.0f} M parameters")
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def step(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -78,33 +108,44 @@ def step(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.T
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def compare(model: Any, ids: torch.Tensor, fused: bool) -> str:
+def compare(model: Any, ids: torch.Tensor, fused: bool) -> tuple[str, float]:
+    """What became of an attached cross-entropy, and by how much its loss or a gradient differs from the model's own."""
     loss, gradients = step(model, ids)
     try:
         handle = attach(model, CROSS_ENTROPY, fused=fused)
     except ValueError as error:
-        return "refused: " + re.sub(r"[;,(].*", "", str(error))[:90]
+        return "refused: " + str(error).split("; ")[0], 0.0
     with handle:
         attached_loss, attached_gradients = step(model, ids)
-    scale = max((gradient.abs().max().item() for gradient in gradients.values()), default=1.0)
-    torch.testing.assert_close(attached_loss.float(), loss.float(), rtol=1e-4, atol=1e-5)
     assert attached_gradients.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(attached_gradients[name], gradient, rtol=1e-3, atol=1e-4 * scale, msg=name)
-    return "same"
+    scale = max((gradient.abs().max().item() for gradient in gradients.values()), default=1.0)
+    differences = [(attached_gradients[name] - gradient).abs().max().item() for name, gradient in gradients.items()]
+    differences = [(attached_loss - loss).abs().item() / (1 + abs(loss.item())), *(d / scale for d in differences)]
+    assert max(differences) < 1e-3
+    return "same", max(differences)
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[tuple[Any, ...]]]:
+    rows: list[tuple[Any, ...]] = []
+    yield rows
+    if path := os.environ.get("OVERTONE_SWEEP"):
+        with Path(path).open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([("configuration", "attached", "fused", "largest relative difference"), *rows])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), CLASSES, ids=[name for name, _ in CLASSES])
-def test_attached_cross_entropy_is_the_models_own_loss(name, kind):
+def test_attached_cross_entropy_is_the_models_own_loss(name, kind, table):
     """In value and in every gradient, from logits and from hidden states, or refused by name."""
-    model = build(kind)
     ids = torch.randint(3, 61, (3, 9), generator=torch.Generator().manual_seed(0))
     try:
+        model = build(kind)
         step(model, ids)
     except Exception as error:
-        pytest.skip(f"no training step: {type(error).__name__}: {str(error)[:60]}")
-    found = [compare(model, ids, fused) for fused in (False, True)]
-    if path := os.environ.get("OVERTONE_SWEEP"):
-        with Path(path).open("a") as table:
-            table.write(f"| {type(model).__name__} | {found[0]} | {found[1]} |\n")
+        reason = f"not built: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
+        table.append((name, reason, reason, ""))
+        pytest.skip(reason)
+    (attached, off), (fused, fused_off) = (compare(model, ids, fused) for fused in (False, True))
+    table.append((name, attached, fused, f"{max(off, fused_off):.1e}"))

@@ -36,11 +36,17 @@ def own_loss(**inputs: Any) -> Any:
     return CausalLMOutput(loss=torch.ones((), requires_grad=True))
 
 
-def adalora(model: Any) -> Any:
+def adalora(model: Any, orth_reg_weight: float = 0.0) -> Any:
     """A tuner that calls ``model.forward``, past everything that hangs on a call of the model."""
     return get_peft_model(
         model,
-        AdaLoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", total_step=10, init_r=2, orth_reg_weight=0.0),
+        AdaLoraConfig(
+            target_modules=["q_proj"],
+            task_type="CAUSAL_LM",
+            total_step=10,
+            init_r=2,
+            orth_reg_weight=orth_reg_weight,
+        ),
     )
 
 
@@ -54,7 +60,7 @@ class TestDirectForward:
 
     def test_is_fused_in_a_tuner_that_calls_it(self, model, batch):
         """PEFT's AdaLoRA."""
-        wrapped = adalora(model)
+        wrapped = adalora(model, orth_reg_weight=0.5)
         with attach(wrapped, CONSTANT, fused=True):
             assert wrapped(**batch).logits is None
         assert wrapped(**batch).logits is not None

@@ -213,13 +213,6 @@ class TestEditing:
         linear_overtone_loss(hidden, weight, labels, bias=bias, epsilon=99.0, hold="settled").backward()
         assert hidden.grad is weight.grad is bias.grad is None
 
-    def test_hold_is_refused_on_several_ranks(self, monkeypatch):
-        """As for overtone_loss."""
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        with pytest.raises(ValueError, match="hold='settled' cannot be used on 2 ranks"):
-            linear_overtone_loss(torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([0, 1]), hold="settled")
-
     def test_no_grad_works_out_no_gradient(self, monkeypatch):
         """Evaluation does none of the gradients' work."""
         (hidden, weight, bias), labels = draw_layer()

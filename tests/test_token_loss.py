@@ -371,9 +371,3 @@ class TestHold:
     def test_is_not_held_where_no_gradient_is_wanted(self):
         logits, labels = confident(9.0)
         assert parse("overtone:hold=settled").build("lora")(logits.detach(), labels)[1] is False
-
-    def test_is_refused_when_distributed(self, monkeypatch):
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        with pytest.raises(ValueError, match="2 ranks"):
-            parse("overtone:hold=settled").build("lora")(*tokens())

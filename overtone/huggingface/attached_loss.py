@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from overtone.config import OverToneConfig
 from overtone.huggingface.calls import Calls
 from overtone.huggingface.fused_head import FusedHead
-from overtone.huggingface.holding import is_cut_off
+from overtone.huggingface.holding import is_cut_off, resharding
 from overtone.huggingface.loss import (
     CROSS_ENTROPY,
     EvalLoss,
@@ -20,6 +20,9 @@ from overtone.huggingface.loss import (
     causal_lm_loss,
     causal_lm_loss_of_hidden,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +37,7 @@ class AttachedLoss:
     calls: Calls
     fused_head: FusedHead | None
     eval_loss: EvalLoss
+    hold_group: ProcessGroup | None
 
     def __call__(
         self,
@@ -52,12 +56,14 @@ class AttachedLoss:
             "shift_labels": shift_labels,
             "loss_mask": loss_mask,
             "ignore_index": ignore_index,
+            "hold_group": self.hold_group,
         }
         is_evaluation = self.eval_loss == "cross_entropy" and not torch.is_grad_enabled()
         config = CROSS_ENTROPY if is_evaluation else self.config
         diverted = None if self.fused_head is None else self.fused_head.take(logits)
         if diverted is None:
-            loss = causal_lm_loss(logits, labels, config, observer=self.observer, **arguments)
+            with resharding(config.hold):
+                loss = causal_lm_loss(logits, labels, config, observer=self.observer, **arguments)
             sources: tuple[Tensor | None, ...] = (logits,)
         else:
             hidden, head = diverted
@@ -73,4 +79,4 @@ class AttachedLoss:
     def __deepcopy__(self, memo: dict[int, Any]) -> AttachedLoss:
         """With the same observer, as a function would have: a copy of the model reports to it too."""
         calls, fused_head = copy.deepcopy((self.calls, self.fused_head), memo)
-        return AttachedLoss(self.config, self.observer, calls, fused_head, self.eval_loss)
+        return AttachedLoss(self.config, self.observer, calls, fused_head, self.eval_loss, self.hold_group)

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -20,6 +21,9 @@ from overtone.huggingface.holding import cut_off_added_terms
 from overtone.huggingface.loss import EvalLoss, Observer, check_eval_loss, checked_config
 from overtone.huggingface.verification import find_causal_lm, refuse_unsupported_model, verify_loss_is_called
 from overtone.huggingface.wrappers import keeps_forward_of, peft_wrappers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LossFunction = Callable[..., Tensor]
 
@@ -105,6 +109,7 @@ def attach(
     observer: Observer | None = None,
     fused: bool = False,
     eval_loss: EvalLoss = "cross_entropy",
+    hold_group: ProcessGroup | None = None,
 ) -> Attachment:
     """Make ``model(..., labels=labels).loss`` the OverTone loss, until it is detached.
 
@@ -126,6 +131,7 @@ def attach(
             Without labels, and under ``torch.no_grad()`` as in a Trainer's evaluation, they are there as ever.
         eval_loss: what the loss is while gradients are disabled: "cross_entropy", so that an evaluation can be
             compared and its exponential is a perplexity, or "overtone", which training without gradients needs.
+        hold_group: the ranks of torch.distributed that hold together, all or none; None for all there are.
 
     Returns:
         A handle with ``detach()``, which is also a context manager.
@@ -169,7 +175,7 @@ def attach(
             record.keepers.append(wrapper)
     if fused and record.fused_head is None:
         record.fused_head = FusedHead(causal_lm, record.calls)
-    function = AttachedLoss(config, observer, record.calls, record.fused_head if fused else None, eval_loss)
+    function = AttachedLoss(config, observer, record.calls, record.fused_head if fused else None, eval_loss, hold_group)
     replaced = {_SLOT: causal_lm.__dict__[_SLOT]} if _SLOT in causal_lm.__dict__ else {}
     record.layers.append(_Layer(function, replaced))
     causal_lm.loss_function = function

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from overtone.config import OverToneConfig
 from overtone.diagnostics import TokenStates, token_states
-from overtone.hold import Hold, read_hold
+from overtone.hold import read_hold
 from overtone.huggingface.loss import checked_config
 
 __all__ = ["TokenStatesCallback"]
@@ -115,7 +115,8 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
 
     def _needs_gradient(self, states: TokenStates) -> Tensor:
         """Whether a micro-batch would not be held, as the loss decides it, one by one."""
-        hold = read_hold(self.config.hold) or Hold(settled=True)
-        counted = states.counted
+        hold, counted = read_hold(self.config.hold), states.counted
+        if not hold:
+            return (counted & ~states.settled).any()
         is_held = hold.is_met(states.kl[counted], self.config.epsilon, states.correct[counted])
         return torch.tensor(not is_held, device=counted.device)

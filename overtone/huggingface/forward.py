@@ -18,7 +18,7 @@ from torch import nn
 from overtone.huggingface.calls import Call
 from overtone.huggingface.holding import cut_off_added_terms, cut_off_output
 from overtone.huggingface.trainers import calling_frames, calling_trainer, items_that_count, smooths_labels, trains
-from overtone.huggingface.verification import WAY_OUT, fused_by
+from overtone.huggingface.verification import WAY_OUT, can_be_asked_for_logits, fused_by
 from overtone.huggingface.wrappers import added_loss, for_virtual_tokens, refuse_replaced_loss
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class WatchedForward:
             _refuse_callers(self.model, record, has_labels=labels is not None)
         if kwargs.get("loss_mask") is not None:
             kwargs = _with_whole_mask(kwargs)
+        if labels is not None and can_be_asked_for_logits(self.forward):
+            kwargs = {**kwargs, "skip_logits": False}
 
         call = Call(outer=record.calls.current)
         record.calls.current = call

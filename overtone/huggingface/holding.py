@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from overtone.hold import RESHARDS_BY_ITSELF, HoldValue, sends_nothing, without_effect
 
 _MARK = "_overtone_is_held"
 
@@ -22,20 +27,42 @@ def is_cut_off(loss: Tensor, *sources: Tensor | None) -> bool:
         if node in wanted:
             return False
         seen.add(node)
+        if sends_nothing(node):
+            continue
         waiting.extend(parent for parent, _ in node.next_functions if parent is not None and parent not in seen)
     return bool(wanted)
 
 
-def cut_off(loss: Tensor) -> Tensor:
-    """The same value with a graph of its own that ends at once: `backward` works and reaches no parameter."""
-    return loss.detach().requires_grad_().clone()
+@contextmanager
+def resharding(hold: HoldValue) -> Iterator[None]:
+    """Where whoever asks for a loss sees to FSDP2's weights: they come through its forward, or `let_shards_go`."""
+    if hold is None:  # so that torch.compile, which traces no hold, need not trace this
+        yield
+        return
+    token = RESHARDS_BY_ITSELF.set(True)
+    try:
+        yield
+    finally:
+        RESHARDS_BY_ITSELF.reset(token)
+
+
+def let_shards_go(modules: Iterable[object]) -> None:
+    """Give up the whole weights that FSDP2 keeps until a backward pass, which a held step has none of.
+
+    They would be used again, as they are, in the next forward, past an optimiser's step in between.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in modules:
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
 
 
 def cut_off_output(output: Any) -> Any:
     """A model's output whose loss is cut off, marked for the wrappers that add to that loss."""
     if isinstance(output, tuple):
-        return (cut_off(output[0]), *output[1:])
-    output.loss = cut_off(output.loss)
+        return (without_effect(output[0]), *output[1:])
+    output.loss = without_effect(output.loss)
     object.__setattr__(output, _MARK, True)
     return output
 
@@ -43,4 +70,4 @@ def cut_off_output(output: Any) -> Any:
 def cut_off_added_terms(wrapper: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """A forward hook for a wrapper: whatever it has added to a held loss is held too."""
     if getattr(output, _MARK, False):
-        output.loss = cut_off(output.loss)
+        output.loss = without_effect(output.loss)

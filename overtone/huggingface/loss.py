@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from overtone.checks import check_tensors
 from overtone.config import OverToneConfig
 from overtone.linear import linear_overtone_loss
 from overtone.loss import overtone_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Observer: TypeAlias = Callable[[Tensor, Tensor], None]
 """Sees the logits ``(..., V)`` and the next tokens ``(...)`` of every training step; returns nothing."""
@@ -34,11 +37,12 @@ def causal_lm_loss(
     loss_mask: Tensor | None = None,
     ignore_index: int = -100,
     observer: Observer | None = None,
+    hold_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The OverTone loss of next-token prediction, as transformers' `ForCausalLMLoss` computes cross-entropy.
 
     Args:
-        logits: ``(batch, sequence, V)``; never copied, cut or written to.
+        logits: ``(batch, sequence, V)``; never copied, cut or written to. A DTensor may be sharded over V.
         labels: ``(batch, sequence)``, aligned with the input: position t is predicted from the logits at t - 1.
         config: the settings of the loss; None for the defaults.
         num_items_in_batch: divides the sum over the tokens; the label tokens of the whole accumulated batch, on all
@@ -48,21 +52,22 @@ def causal_lm_loss(
             shift_labels, if those are given). A token of weight 0 counts as ignored.
         ignore_index: label of positions that do not count.
         observer: called with logits and next tokens whenever gradients are enabled.
+        hold_group: the ranks that hold together, as in `overtone.overtone_loss`.
 
     Returns:
         A scalar (of the shape of num_items_in_batch if that is a tensor with dimensions); 0 with its graph if no
         token counts.
 
     Raises:
-        ValueError, TypeError: as `overtone.overtone_loss`, and for DTensor logits or a loss_mask of another shape,
-            with negative or non-finite weights.
+        ValueError, TypeError: as `overtone.overtone_loss`, and for a loss_mask of another shape, with negative or
+            non-finite weights.
     """
     config = checked_config(config)
-    refuse_dtensor(logits)
     next_tokens, weights = _next_tokens(logits, labels, shift_labels, loss_mask, ignore_index)
     if observer is not None and torch.is_grad_enabled():
         observer(logits.detach(), next_tokens)
-    loss = partial(overtone_loss, logits, next_tokens, **config.as_kwargs(), ignore_index=ignore_index)
+    arguments = {**config.as_kwargs(), "ignore_index": ignore_index, "hold_group": hold_group}
+    loss = partial(overtone_loss, logits, next_tokens, **arguments)
     return _normalised(loss, next_tokens, weights, num_items_in_batch, ignore_index)
 
 
@@ -76,13 +81,15 @@ def causal_lm_loss_of_hidden(
     shift_labels: Tensor | None = None,
     loss_mask: Tensor | None = None,
     ignore_index: int = -100,
+    hold_group: ProcessGroup | None = None,
 ) -> Tensor:
     """`causal_lm_loss` of ``head(hidden)`` without ever holding all the logits.
 
     Args:
         hidden: ``(batch, sequence, H)``, what the output layer would be given.
         head: the output layer, of H inputs and V outputs.
-        labels, config, num_items_in_batch, shift_labels, loss_mask, ignore_index: as in `causal_lm_loss`.
+        labels, config, num_items_in_batch, shift_labels, loss_mask, ignore_index, hold_group: as in
+            `causal_lm_loss`.
     """
     shape_of_logits = hidden.new_empty(()).expand(*hidden.shape[:-1], head.out_features)
     next_tokens, weights = _next_tokens(shape_of_logits, labels, shift_labels, loss_mask, ignore_index)
@@ -94,21 +101,9 @@ def causal_lm_loss_of_hidden(
         bias=head.bias,
         **config.as_kwargs(),
         ignore_index=ignore_index,
+        hold_group=hold_group,
     )
     return _normalised(loss, next_tokens, weights, num_items_in_batch, ignore_index)
-
-
-def refuse_dtensor(logits: Tensor) -> None:
-    """Raise a ValueError for logits that tensor parallelism has left spread over devices."""
-    if torch.distributed.is_available():
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(logits, DTensor):
-            raise ValueError(
-                f"logits must be a plain tensor, got a DTensor placed as {logits.placements}: the filter and the check "
-                "need every row whole; give the output layer a plan with output_layouts=Replicate() and "
-                "use_local_output=True, or pass logits.full_tensor()"
-            )
 
 
 def checked_config(config: OverToneConfig | None) -> OverToneConfig:

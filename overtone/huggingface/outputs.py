@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from overtone.config import OverToneConfig
+from overtone.hold import without_effect
 from overtone.huggingface.alignment import labels_are_shifted
-from overtone.huggingface.holding import cut_off, is_cut_off
+from overtone.huggingface.holding import is_cut_off, let_shards_go, resharding
 from overtone.huggingface.loss import (
     CROSS_ENTROPY,
     EvalLoss,
@@ -29,6 +30,9 @@ from overtone.huggingface.wrappers import (
     virtual_tokens,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,6 +43,7 @@ def compute_loss_func(
     router_aux_loss_coef: float | None = None,
     observer: Observer | None = None,
     eval_loss: EvalLoss = "cross_entropy",
+    hold_group: ProcessGroup | None = None,
 ) -> ComputeLoss:
     """A loss for ``Trainer(compute_loss_func=...)`` and ``SFTTrainer(compute_loss_func=...)``.
 
@@ -55,6 +60,7 @@ def compute_loss_func(
             holds it too.
         observer: as for `causal_lm_loss`; ``TokenStatesCallback(...).observe``, say.
         eval_loss: what the loss is while gradients are disabled: "cross_entropy" or "overtone".
+        hold_group: the ranks of torch.distributed that hold together, all or none; None for all there are.
 
     Returns:
         ``(outputs, labels, num_items_in_batch=None) -> loss``. In a Trainer a column ``loss_mask`` of the batch weighs
@@ -68,7 +74,7 @@ def compute_loss_func(
         "cross-entropy" if eval_loss == "cross_entropy" else "OverTone too",
         eval_loss,
     )
-    return ComputeLoss(checked_config(config), model, router_aux_loss_coef, observer, eval_loss)
+    return ComputeLoss(checked_config(config), model, router_aux_loss_coef, observer, eval_loss, hold_group)
 
 
 class ComputeLoss:
@@ -81,12 +87,14 @@ class ComputeLoss:
         router_aux_loss_coef: float | None,
         observer: Observer | None,
         eval_loss: EvalLoss,
+        hold_group: ProcessGroup | None,
     ) -> None:
         self.config = config
         self.model = model
         self.router_aux_loss_coef = router_aux_loss_coef
         self.observer = observer
         self.eval_loss = eval_loss
+        self.hold_group = hold_group
         self._shifted: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: int | Tensor | None = None) -> Tensor:
@@ -117,13 +125,22 @@ class ComputeLoss:
         elif labels is not None:
             _refuse_no_classes(logits)
             given = {"labels": None, "shift_labels": labels, "loss_mask": loss_mask}
-        loss = causal_lm_loss(
-            logits, config=config, num_items_in_batch=num_items_in_batch, observer=self.observer, **given
-        )
+        with resharding(None if model is None else config.hold):
+            loss = causal_lm_loss(
+                logits,
+                config=config,
+                num_items_in_batch=num_items_in_batch,
+                observer=self.observer,
+                hold_group=self.hold_group,
+                **given,
+            )
+        is_held = config.hold is not None and is_cut_off(loss, logits)
+        if is_held and model is not None:
+            let_shards_go(model.modules())
         if auxiliary is None:
             return loss
         total = loss + auxiliary.to(loss.device)
-        return cut_off(total) if config.hold is not None and is_cut_off(loss, logits) else total
+        return without_effect(total) if is_held else total
 
     def __getstate__(self) -> dict[str, Any]:
         """For the processes that a launcher spawns: without what was learned about models of this one."""

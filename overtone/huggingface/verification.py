@@ -96,6 +96,8 @@ def fused_by(model: Any, kwargs: dict[str, Any] | None = None) -> str | None:
     """The name of a fused loss in the model's forward, if there is one."""
     if kwargs and "fused_lm_head" in kwargs:
         return "TRL's fused LM head (SFTConfig loss_type 'nll', 'chunked_nll' and 'dft')"
+    if can_be_asked_for_logits(model.forward):
+        return None
     forward = inspect.unwrap(model.forward)
     # functools.wraps copies __module__, so the globals tell where a function was really written.
     written_in = getattr(forward, "__globals__", {}).get("__name__", "")
@@ -104,6 +106,11 @@ def fused_by(model: Any, kwargs: dict[str, Any] | None = None) -> str | None:
     if written_in.startswith("trl."):
         return "TRL's loss_type='chunked_nll'"
     return None
+
+
+def can_be_asked_for_logits(forward: Callable[..., Any]) -> bool:
+    """Whether a forward, Liger's, has a fused loss that it leaves for the model's loss_function if told to."""
+    return "skip_logits" in getattr(getattr(forward, "__code__", None), "co_varnames", ())
 
 
 def how_sharded_or_unloaded(model: nn.Module) -> str | None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, compiler
 
 from overtone.kernels.cpu import CpuKernel
 from overtone.kernels.kernel import Clip, Fit, Kernel, Target
 from overtone.kernels.torch import TorchKernel
+
+if TYPE_CHECKING:
+    from overtone.shard import VocabularyShard
 
 __all__ = ["CPU", "TORCH", "Clip", "Fit", "Kernel", "Target", "choose"]
 
@@ -14,8 +19,8 @@ CPU = CpuKernel()
 TORCH = TorchKernel()
 
 
-def choose(logits: Tensor) -> Kernel:
-    """The kernel for these logits ``(N, V)``.
+def choose(logits: Tensor, shard: VocabularyShard | None = None) -> Kernel:
+    """The kernel for these logits ``(N, V)``; with a shard, for this rank's part of them.
 
     While torch.compile traces, whole nodes for its graph; for plain tensors in the memory of a CPU, C++; for everything
     else (other devices, subclasses, transforms, strides, an installation without C++) PyTorch's operations.
@@ -24,4 +29,9 @@ def choose(logits: Tensor) -> Kernel:
         from overtone.kernels.graph import GRAPH  # imported while it traces: the operators are registered then
 
         return GRAPH
-    return CPU if CPU.serves(logits) else TORCH
+    own = CPU if CPU.serves(logits) else TORCH
+    if shard is None:
+        return own
+    from overtone.kernels.sharded import ShardedKernel  # where torch.distributed is
+
+    return ShardedKernel(shard, own)

@@ -37,25 +37,32 @@ class TargetTensors(NamedTuple):
     check: Tensor
 
 
-def fit_rows(logits: Tensor, labels: Tensor, target: TargetTensors) -> tuple[Tensor, Tensor]:
-    """KL(target || softmax(logits)) of each row, and what its gradient needs.
+class RowSums(NamedTuple):
+    """What the loss needs to know of rows, each ``(B,)`` in working precision.
 
-    Args:
-        logits: ``(B, V)``.
-        labels: ``(B,)``, int64, each in ``[0, V)``.
-        target: its settings.
-
-    Returns:
-        kl ``(B,)`` and coefficients ``(5, B)`` in working precision: log of the normaliser, threshold of the filter
-        (logits above it are kept), factor of a kept token's probability in the gradient, gradient of the true token,
-        and 1 where the true token is strictly the most probable one, else 0.
+    Attributes:
+        top: the highest logit.
+        label: the label's logit.
+        threshold: of the filter, which keeps the logits above it, and those at the top.
+        below: sum of exp(logit - top) over the logits below the top.
+        kept_below: the same over those of them that the filter keeps.
+        on_top: how many logits are at the top; NaN where the top is infinite.
     """
-    n_sigma, lam, check = target
-    scores = logits.to(lam.dtype)
+
+    top: Tensor
+    label: Tensor
+    threshold: Tensor
+    below: Tensor
+    kept_below: Tensor
+    on_top: Tensor
+
+
+def fit_rows(logits: Tensor, labels: Tensor, target: TargetTensors) -> tuple[Tensor, Tensor]:
+    """`fit_sums` of the rows of logits ``(B, V)`` and labels ``(B,)``, int64, each in ``[0, V)``."""
+    scores = logits.to(target.lam.dtype)
     top = scores.amax(dim=1)
     label = scores.gather(1, labels.unsqueeze(1)).squeeze(1)
-    threshold = top - n_sigma * _standard_deviation(scores, top)
-    threshold = torch.where(n_sigma == math.inf, -math.inf, threshold)
+    threshold = filter_threshold(top, _standard_deviation(scores, top), target)
     # Weights are exp(logit - top). The top's own, which is always kept, is summed apart from the others: where it is
     # the label, the weight of all other tokens is then never got by a subtraction from 1.
     weights = (scores - top.unsqueeze(1)).exp()
@@ -65,7 +72,28 @@ def fit_rows(logits: Tensor, labels: Tensor, target: TargetTensors) -> tuple[Ten
     kept_below = torch.where(scores > threshold.unsqueeze(1), below_weights, 0).sum(dim=1)
     # A count, since the weight of each is 1; top - top is 0, but NaN where the top is infinite.
     on_top = (~is_below).sum(dim=1, dtype=torch.int32) + (top - top)
+    return fit_sums(RowSums(top, label, threshold, below, kept_below, on_top), target)
 
+
+def filter_threshold(top: Tensor, standard_deviation: Tensor, target: TargetTensors) -> Tensor:
+    """``top - n_sigma * std``, ``-inf`` without a filter; arguments ``(B,)``."""
+    return torch.where(target.n_sigma == math.inf, -math.inf, top - target.n_sigma * standard_deviation)
+
+
+def fit_sums(sums: RowSums, target: TargetTensors) -> tuple[Tensor, Tensor]:
+    """KL(target || softmax(logits)) of each row, and what its gradient needs.
+
+    Args:
+        sums: of the rows.
+        target: its settings.
+
+    Returns:
+        kl ``(B,)`` and coefficients ``(5, B)`` in working precision: log of the normaliser, threshold of the filter
+        (logits above it are kept), factor of a kept token's probability in the gradient, gradient of the true token,
+        and 1 where the true token is strictly the most probable one, else 0.
+    """
+    top, label, threshold, below, kept_below, on_top = sums
+    _, lam, check = target
     label_on_top = label == top
     label_weight = (label - top).exp()
     label_below = torch.where(label < top, label_weight, 0)

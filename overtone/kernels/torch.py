@@ -91,21 +91,17 @@ class TorchKernel:
         if logits.device.type == "cpu":
             check_labels(labels, logits.shape[1], ignore_index)
         in_range = labels.where(counted, 0)
-        tensors = _target_tensors(target, logits)
+        tensors = target_tensors(target, logits)
         kl = logits.new_zeros(len(logits), dtype=tensors.lam.dtype)
         coefficients = kl.new_zeros(5, len(logits))
-        with _without_autocast(logits):
+        with without_autocast(logits):
             for rows in self._blocks(logits, counted, worthwhile_share=1):
                 kl[rows], coefficients[:, rows] = self._call(fit_rows, logits, logits[rows], in_range[rows], tensors)
         kl = kl.where(counted, 0)
-        settled = counted & is_settled(kl, clip.epsilon, coefficients[4] != 0 if clip.correct_only else None)
-        row_weights = (counted ^ settled).to(kl.dtype) * scale
-        if reduction == "mean":
-            row_weights /= counted.sum().clamp(min=1)
-        loss = reduce_tokens(kl.masked_fill(settled, clip.epsilon), counted, reduction) * scale
+        fit = reduced_fit(kl, coefficients, counted, clip, reduction, scale)
         if gradient is not None:
-            self.gradient(row_weights, logits, labels, coefficients, out=gradient)
-        return Fit(loss, kl, coefficients, row_weights)
+            self.gradient(fit.row_weights, logits, labels, coefficients, out=gradient)
+        return fit
 
     def gradient(self, grad_kl: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor, *, out: Tensor) -> None:
         """As `overtone.kernels.kernel.Kernel.gradient`; rows whose grad_kl is 0 cost little on the CPU."""
@@ -114,7 +110,7 @@ class TorchKernel:
         blocks = list(self._blocks(logits, needed, worthwhile_share=0.5))
         if not blocks or not isinstance(blocks[0], slice):
             out.masked_fill_(~needed.unsqueeze(1), 0)
-        with _without_autocast(logits):
+        with without_autocast(logits):
             for rows in blocks:
                 block, own, scale = logits[rows], coefficients[:, rows].contiguous(), grad_kl[rows]
                 # Picked rows are a copy, worked on in place.
@@ -149,6 +145,18 @@ class TorchKernel:
             yield from filter(len, needed.nonzero().squeeze(1).split(size))
 
 
+def reduced_fit(
+    kl: Tensor, coefficients: Tensor, counted: Tensor, clip: Clip, reduction: Reduction, scale: float
+) -> Fit:
+    """The fit of rows of which the KL ``(N,)``, 0 where they do not count, and the coefficients are known."""
+    settled = counted & is_settled(kl, clip.epsilon, coefficients[4] != 0 if clip.correct_only else None)
+    row_weights = (counted ^ settled).to(kl.dtype) * scale
+    if reduction == "mean":
+        row_weights /= counted.sum().clamp(min=1)
+    loss = reduce_tokens(kl.masked_fill(settled, clip.epsilon), counted, reduction) * scale
+    return Fit(loss, kl, coefficients, row_weights)
+
+
 def _set_labels(rows: Tensor, labels: Tensor, values: Tensor) -> None:
     """Put a value ``(B,)`` at the label ``(B,)`` of each row ``(B, V)``, where the label lies in the row."""
     tokens = labels.clamp(0, rows.shape[1] - 1)
@@ -159,7 +167,7 @@ def _set_labels(rows: Tensor, labels: Tensor, values: Tensor) -> None:
     rows[numbers, tokens] = torch.where(tokens == labels, values.to(rows.dtype), kept)
 
 
-def _target_tensors(target: Target, logits: Tensor) -> TargetTensors:
+def target_tensors(target: Target, logits: Tensor) -> TargetTensors:
     """On the device of the logits, filled there: a copy from the host might wait for it."""
     n_sigma = math.inf if target.n_sigma is None else target.n_sigma
     values = n_sigma, target.lam, float(target.check)
@@ -167,7 +175,8 @@ def _target_tensors(target: Target, logits: Tensor) -> TargetTensors:
     return TargetTensors(*[torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
-def _without_autocast(logits: Tensor) -> AbstractContextManager[object]:
+def without_autocast(logits: Tensor) -> AbstractContextManager[object]:
+    """Where autocast is off on the device of the logits."""
     device = logits.device.type
     is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if is_on else nullcontext()

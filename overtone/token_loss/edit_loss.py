@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from overtone.functional import ground_truth_check
-from overtone.hold import NEVER, Hold, is_settled, refuse_hold_when_distributed
+from overtone.hold import NEVER, Hold, is_settled, without_effect
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (N, V), labels (N,)) -> loss (N,)``, labels without ignored positions."""
@@ -66,7 +66,6 @@ class EditLoss:
             loss = torch.where(is_settled(distance, self.epsilon, correct), self.epsilon, loss)
         if not may_hold:
             return loss, False
-        refuse_hold_when_distributed(self.hold)
         return loss, loss.requires_grad and self.hold.is_met(distance, self.epsilon, correct)
 
     def mean(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -77,4 +76,4 @@ class EditLoss:
         """
         loss, held = self(logits, labels)
         mean = loss.sum() / max(len(labels), 1)
-        return mean.detach().requires_grad_().clone() if held else mean
+        return without_effect(mean) if held else mean

@@ -15,7 +15,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
@@ -117,12 +116,6 @@ ENGINES: dict[str, Callable[[Any, Batch, torch.Tensor], Batch]] = {
 }
 
 
-def hold_is_refused(model: Any, own: Batch) -> None:
-    """A rank that skips its gradient would leave the others waiting for it."""
-    with attach(model, OverToneConfig(hold="settled")), pytest.raises(ValueError, match="hold='settled'"):
-        model(**own)
-
-
 def check(engine: str) -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
     model = tiny_models.build(sharpness=3)
@@ -136,7 +129,6 @@ def check(engine: str) -> None:
 
     rows = len(batch["labels"]) // processes
     own = {name: values[rank * rows : (rank + 1) * rows] for name, values in batch.items()}
-    hold_is_refused(model, own)
     gradients = ENGINES[engine](model, own, batch["labels"][:, 1:].ne(-100).sum())
     for name, gradient in gradients.items():
         scale = expected[name].abs().max().clamp(min=1)
