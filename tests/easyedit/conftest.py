@@ -1,7 +1,7 @@
 """Fixtures for tests against a real checkout of EasyEdit, named by EASYEDIT_ROOT.
 
-Where the variable is not set, tests/conftest.py leaves this folder out. Checkouts from before June 2026 send everything to
-"cuda:<device>"; on a machine without CUDA the fixture `framework` sends it to the CPU instead.
+Where the variable is not set, tests/conftest.py leaves this folder out. Checkouts from before June 2026 send everything
+to "cuda:<device>"; on a machine without CUDA the fixture `framework` sends it to the CPU instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from overtone.easyedit.methods import TRAINERS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ROOT = os.environ["EASYEDIT_ROOT"]
+ROOT = os.environ.get("EASYEDIT_ROOT", "")
 METHODS = ("FT", "LoRA", "MELO", "WISE")
 ARCHITECTURES = ("llama", "gpt2", "qwen2", "mistral")
 
