@@ -1,6 +1,6 @@
 """Fixtures for tests against a real checkout of EasyEdit, named by EASYEDIT_ROOT.
 
-Where the variable is not set, tests/conftest.py leaves this folder out. Checkouts from before June 2026 send everything
+Without the variable tests/conftest.py leaves this folder out. Checkouts from before June 2026 send everything
 to "cuda:<device>"; on a machine without CUDA the fixture `framework` sends it to the CPU instead.
 """
 
@@ -28,7 +28,9 @@ from overtone.easyedit.methods import TRAINERS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ROOT = os.environ.get("EASYEDIT_ROOT", "")
+if "EASYEDIT_ROOT" not in os.environ:
+    raise pytest.UsageError("set EASYEDIT_ROOT to a checkout of EasyEdit, in an environment with its requirements")
+ROOT = os.environ["EASYEDIT_ROOT"]
 METHODS = ("FT", "LoRA", "MELO", "WISE")
 ARCHITECTURES = ("llama", "gpt2", "qwen2", "mistral")
 
