@@ -67,20 +67,30 @@ class Hold:
             token_kl: ``(M,)``, of this rank's counted tokens, unclipped, in nats.
             epsilon: a token is settled below it.
             correct: ``(M,)``, bool; needed where the hold waits for it.
-            group: the ranks that decide together; None for all.
+            group: the ranks that decide together, each of which has to ask; None for all.
         """
         if not self:
             return False
-        unsettled = ~is_settled(token_kl, epsilon, None)
-        sums = [torch.ones_like(token_kl).sum(), token_kl.sum(), unsettled.sum()]
-        sums += [] if correct is None else [(~correct).sum()]
-        summary = torch.stack([value.to(token_kl.dtype) for value in sums])
+        summary = self._summary(token_kl, epsilon, correct)
         if are_several_ranks(group):
             torch.distributed.all_reduce(summary, group=group)
-        count, total, unsettled_count, *wrong_count = summary.tolist()
+        return self._allows(summary)
+
+    def is_met_here(self, token_kl: Tensor, epsilon: float, correct: Tensor | None) -> bool:
+        """As `is_met`, of this process' tokens alone: of an edit, say, of which other processes have others."""
+        return bool(self) and self._allows(self._summary(token_kl, epsilon, correct))
+
+    def _summary(self, token_kl: Tensor, epsilon: float, correct: Tensor | None) -> Tensor:
+        """What can be summed over ranks: tokens, their KL, how many are not settled, how many not correct."""
+        sums = [torch.ones_like(token_kl), token_kl, ~is_settled(token_kl, epsilon, None)]
+        sums += [] if correct is None else [~correct]
+        return torch.stack([values.sum().to(token_kl.dtype) for values in sums])
+
+    def _allows(self, summary: Tensor) -> bool:
+        count, total, unsettled, *wrong = summary.tolist()
         return (
-            not (self.settled and unsettled_count)
-            and not (self.correct and wrong_count[0])
+            not (self.settled and unsettled)
+            and not (self.correct and wrong[0])
             and (self.mean is None or count == 0 or total / count <= self.mean)
         )
 

@@ -61,6 +61,10 @@ class TestSpreadVocabulary:
     def test_is_the_whole_one(self):
         assert agreed(run("vocabulary.py"), VOCABULARY, 2)
 
+    def test_a_model_that_spreads_it_need_not_be_told(self):
+        """transformers' tp_plan="auto"."""
+        assert agreed(run("tensor_parallel.py"), ["tensor_parallel"], 2)
+
     @pytest.mark.slow
     @pytest.mark.parametrize("processes", [3, 4])
     def test_on_more_ranks(self, processes):

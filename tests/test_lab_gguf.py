@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
 import torch
 
 from overtone.lab.model.gguf import is_gguf, load_gguf
-
-gguf = pytest.importorskip("gguf")
 
 WORDS = ["<s>", "</s>", "<unk>", "a", "b", "ab", *(f"w{index}" for index in range(26))]
 HIDDEN, INNER = 32, 64

@@ -137,6 +137,28 @@ class CpuKernel:
         tensors = self._tensors(logits, labels, coefficients, out)
         self._library.gradient(*tensors, grad_kl.data_ptr(), torch.get_num_threads())
 
+    def highest(self, logits: Tensor) -> Tensor:
+        """As `overtone.kernels.kernel.Kernel.highest`."""
+        return self._part(0, logits, 1)[0]
+
+    def sums(self, logits: Tensor, top: Tensor) -> Tensor:
+        """As `overtone.kernels.kernel.Kernel.sums`."""
+        return self._part(1, logits, 5, top)
+
+    def kept(self, logits: Tensor, top: Tensor, threshold: Tensor) -> Tensor:
+        """As `overtone.kernels.kernel.Kernel.kept`."""
+        return self._part(2, logits, 1, top, threshold)[0]
+
+    def _part(self, which: int, logits: Tensor, values: int, *of_rows: Tensor) -> Tensor:
+        assert self._library is not None
+        out = logits.new_empty((values, len(logits)), dtype=working_dtype(logits))
+        addresses = [tensor.data_ptr() for tensor in map(_in_memory, of_rows)]
+        addresses += [0] * (2 - len(addresses))
+        no_labels = logits.new_empty(0, dtype=torch.int64)
+        tensors = self._tensors(logits, no_labels, out, None)
+        self._library.part(which, *tensors, *addresses, torch.get_num_threads())
+        return out
+
     def _tensors(
         self, logits: Tensor, labels: Tensor, coefficients: Tensor, gradient: Tensor | None
     ) -> tuple[int, ...]:
