@@ -458,11 +458,9 @@ def cost_edits() -> pd.DataFrame:
 
 @table
 def cost_sharded() -> pd.DataFrame:
-    """The vocabulary spread over ranks."""
+    """The vocabulary spread over two and four ranks."""
     rows = pd.read_csv(RESULTS / "sharded.csv", dtype=str)
-    return spread(
-        rows.assign(case=rows["ranks"] + " ranks, " + rows["size"] + " " + rows["dtype"], ms=rows.ms.map(three_digits))
-    )
+    return spread(rows.assign(case=rows["ranks"] + " ranks, " + rows["size"] + " " + rows["dtype"], ms=rows.ms.map(three_digits)))
 
 
 RANKS = (8, 32, 128, 512)
