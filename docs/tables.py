@@ -8,6 +8,7 @@ the function of that name returns. tests/test_docs.py fails while a page and its
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -117,7 +118,7 @@ def demo() -> pd.DataFrame:
     for method in ("lora", "ft-m"):
         rows = shown(read("demo").query(f"method == {method!r}"))
         measures = by_measure(rows) | {"average": [with_interval(row, "average") for _, row in rows.iterrows()]}
-        steps = {"steps": rows.steps.map(lambda value: number(value, 0)).tolist()}
+        steps = {"steps": rows.steps.map(number).tolist()}
         parts.append(columns({"method": [METHODS[method]] * len(rows), "loss": rows.title.tolist()} | measures | steps))
     return pd.concat(parts)
 
@@ -323,6 +324,15 @@ def easyedit_flag() -> pd.DataFrame:
 
 
 @table
+def easyedit_wise() -> pd.DataFrame:
+    """Rel to average of the single edits, with the templates and without."""
+    rows = read("easyedit-flag").query("method == 'WISE' and T == 1 and changes.isna()")
+    keys = [f"`{key}`" if isinstance(key, str) else "no key" for key in rows.token_loss]
+    templates = ["templates" if kept else "no templates" for kept in rows.context_templates]
+    return columns({"": templates, "key": keys} | by_measure(rows))
+
+
+@table
 def finetune() -> pd.DataFrame:
     """Means over the sets of texts with t-intervals, perplexities geometrically."""
     rows = read("finetune")
@@ -444,6 +454,38 @@ def cost_edits() -> pd.DataFrame:
     rows = benchmark("edits")
     cells = [f"{ms} ({steps:g})" for ms, steps in rows[["ms", "steps"]].values]
     return wide(rows.assign(cell=cells, case=rows.case.map(METHODS)))
+
+
+@table
+def cost_sharded() -> pd.DataFrame:
+    """The vocabulary spread over two and four ranks."""
+    rows = pd.read_csv(RESULTS / "sharded.csv", dtype=str)
+    return spread(rows.assign(case=rows["ranks"] + " ranks, " + rows["size"] + " " + rows["dtype"], ms=rows.ms.map(three_digits)))
+
+
+RANKS = (8, 32, 128, 512)
+TOKENS, VOCABULARY = 8192, 262_144
+HOP, BANDWIDTH = 10e-6, 50e9
+"""Of the model on paper: seconds to begin a message, and bytes a second that a rank receives."""
+
+
+@table
+def cost_model() -> pd.DataFrame:
+    """Three collectives of a few float32 numbers a token, against gathering bfloat16 logits."""
+    found: dict[str, list[str]] = {
+        name: [] for name in ("ranks", "ours, ms", "gathered, ms", "times", "a rank's logits, GB")
+    }
+    for ranks in RANKS:
+        hops, others = math.log2(ranks) * HOP, (ranks - 1) / ranks
+        reduced, gathered = 4 * TOKENS * 2 * others, 4 * TOKENS * 6 * (ranks - 1)
+        ours = 3 * hops + (2 * reduced + gathered) / BANDWIDTH
+        whole = hops + 2 * TOKENS * VOCABULARY * others / BANDWIDTH
+        logits = 2e-9 * TOKENS * VOCABULARY
+        memory = f"{logits / ranks:.2g} and {logits:.1f}"
+        cells = (str(ranks), f"{1000 * ours:.2f}", f"{1000 * whole:.1f}", f"{whole / ours:.0f}", memory)
+        for column, cell in zip(found.values(), cells, strict=True):
+            column.append(cell)
+    return columns(found)
 
 
 def spread(rows: pd.DataFrame) -> pd.DataFrame:

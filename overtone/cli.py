@@ -45,6 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 refused or found wanting, 2 a mistake in the call, 130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = parse_arguments(argv)
+    try:
+        exit_code: int = arguments.run(arguments, argv)
+    except KeyboardInterrupt:
+        return _fail(f"interrupted; {_RESUMABLE}", exit_code=130)
+    return exit_code
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments after the program's name, read; a mistake among them ends the program with exit code 2."""
     parser = argparse.ArgumentParser(
         prog="overtone", description="Edit language models' knowledge with a loss that does not overfit it."
     )
@@ -53,12 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_bench(commands)
     _add_report(commands)
     _add_doctor(commands, is_wanted=argv[:1] == ["doctor"])
-    arguments = parser.parse_args(argv)
-    try:
-        exit_code: int = arguments.run(arguments, argv)
-    except KeyboardInterrupt:
-        return _fail(f"interrupted; {_RESUMABLE}", exit_code=130)
-    return exit_code
+    return parser.parse_args(argv)
 
 
 def _add_demo(commands: Subcommands) -> None:

@@ -9,6 +9,7 @@ reentrant checkpointing, compiled models, custom kernels.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+
+from overtone.torch_state import is_transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -67,20 +70,30 @@ class Hold:
             token_kl: ``(M,)``, of this rank's counted tokens, unclipped, in nats.
             epsilon: a token is settled below it.
             correct: ``(M,)``, bool; needed where the hold waits for it.
-            group: the ranks that decide together; None for all.
+            group: the ranks that decide together, each of which has to ask; None for all.
         """
         if not self:
             return False
-        unsettled = ~is_settled(token_kl, epsilon, None)
-        sums = [torch.ones_like(token_kl).sum(), token_kl.sum(), unsettled.sum()]
-        sums += [] if correct is None else [(~correct).sum()]
-        summary = torch.stack([value.to(token_kl.dtype) for value in sums])
+        summary = self._summary(token_kl, epsilon, correct)
         if are_several_ranks(group):
             torch.distributed.all_reduce(summary, group=group)
-        count, total, unsettled_count, *wrong_count = summary.tolist()
+        return self._allows(summary)
+
+    def is_met_here(self, token_kl: Tensor, epsilon: float, correct: Tensor | None) -> bool:
+        """As `is_met`, of this process' tokens alone: of an edit, say, of which other processes have others."""
+        return bool(self) and self._allows(self._summary(token_kl, epsilon, correct))
+
+    def _summary(self, token_kl: Tensor, epsilon: float, correct: Tensor | None) -> Tensor:
+        """What can be summed over ranks: tokens, their KL, how many are not settled, how many not correct."""
+        sums = [torch.ones_like(token_kl), token_kl, ~is_settled(token_kl, epsilon, None)]
+        sums += [] if correct is None else [~correct]
+        return torch.stack([values.sum().to(token_kl.dtype) for values in sums])
+
+    def _allows(self, summary: Tensor) -> bool:
+        count, total, unsettled, *wrong = summary.tolist()
         return (
-            not (self.settled and unsettled_count)
-            and not (self.correct and wrong_count[0])
+            not (self.settled and unsettled)
+            and not (self.correct and wrong[0])
             and (self.mean is None or count == 0 or total / count <= self.mean)
         )
 
@@ -118,14 +131,20 @@ def read_hold(value: HoldValue) -> Hold:
 
 
 def refuse_hold_in_graph(hold: Hold) -> None:
-    """Raise a ValueError while torch.compile traces: which gradients there are cannot depend on values in a graph.
+    """Raise a ValueError where a function is traced: which gradients there are cannot depend on values in a graph.
 
-    Where a graph may break (``fullgraph=False``) torch.compile then runs the function outside of it.
+    That is in torch.compile (where a graph may break, ``fullgraph=False``, it then runs the function outside of it)
+    and in torch.func's transforms.
     """
     if hold and torch.compiler.is_compiling():
         raise ValueError(
             f"hold={hold.value!r} cannot be used inside torch.compile(fullgraph=True), since whether a step is held "
             "depends on its values: compile the model alone and call the loss outside, or pass hold=None"
+        )
+    if hold and is_transformed():
+        raise ValueError(
+            f"hold={hold.value!r} cannot be used inside torch.func's grad and vmap, which return a gradient "
+            "whatever the values are: pass hold=None"
         )
 
 
@@ -257,10 +276,15 @@ def replace_old_names(hold: HoldValue, old: dict[str, object]) -> HoldValue:
 def accepts_old_names(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """A function with an argument hold that still takes hold_settled and hold_correct, with a DeprecationWarning."""
 
+    names = inspect.signature(function).parameters
+
     @wraps(function)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if "hold_settled" in kwargs or "hold_correct" in kwargs:
             old = {name: kwargs.pop(name) for name in OLD_NAMES if name in kwargs}
+            # Settings of which a part is changed (a preset, dataclasses.replace) come with both.
+            if kwargs.get("hold") is not None and "self" not in names:
+                raise ValueError(f"hold and {next(iter(old))} are both given: keep hold alone, got {kwargs['hold']!r}")
             hold = replace_old_names(kwargs.get("hold"), old)  # type: ignore[arg-type]
             said = ", ".join(f"{name}={value!r}" for name, value in old.items())
             warnings.warn(f"{said} is now called hold={hold!r}", DeprecationWarning, stacklevel=2)

@@ -31,7 +31,7 @@ def loss_by(kernel):
 
     def loss(logits, labels, **arguments):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loss_module, "choose", lambda logits: kernel)
+            patch.setattr(loss_module, "choose", lambda logits, shard: kernel)
             return overtone_loss(logits, labels, **arguments)
 
     return loss

@@ -23,6 +23,8 @@ VOCABULARY = [
     "check_states_and_holds",
     "check_bytes",
     "check_refusals",
+    "check_compiled",
+    "check_groups",
 ]
 
 
@@ -60,6 +62,10 @@ class TestHeldTogether:
 class TestSpreadVocabulary:
     def test_is_the_whole_one(self):
         assert agreed(run("vocabulary.py"), VOCABULARY, 2)
+
+    def test_a_model_that_spreads_it_need_not_be_told(self):
+        """transformers' tp_plan="auto"."""
+        assert agreed(run("tensor_parallel.py"), ["tensor_parallel"], 2)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("processes", [3, 4])

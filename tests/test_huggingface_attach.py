@@ -113,8 +113,6 @@ class TestWrappers:
             return peft_model
         if kind == "prompt tuning":
             return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-        if kind == "compiled":
-            return torch.compile(model, backend="eager")
         if kind == "compiled peft":
             return torch.compile(get_peft_model(model, LoraConfig(**LORA)), backend="eager")
         assert kind == "data parallel"
@@ -122,7 +120,7 @@ class TestWrappers:
 
     @pytest.mark.parametrize(
         "kind",
-        ["peft", "nested peft", "two adapters", "prompt tuning", "compiled", "compiled peft", "data parallel"],
+        ["peft", "nested peft", "two adapters", "prompt tuning", "compiled peft", "data parallel"],
     )
     def test_the_model_inside_is_found(self, model, batch, kind):
         """Attached through the wrapper, seen through the wrapper, and gone afterwards."""

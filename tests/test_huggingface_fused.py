@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -90,6 +92,8 @@ class TestLoss:
     @pytest.mark.parametrize("arch", tiny_models.ARCHITECTURES)
     def test_is_the_unfused_loss(self, arch):
         """Value and every gradient, tied heads and a mixture of experts' auxiliary loss included."""
+        if arch == "gpt2" and Version(transformers.__version__) < Version("4.53"):
+            pytest.skip(f"GPT-2 of transformers {transformers.__version__} makes no attention mask in float64")
         # torch multiplies experts' matrices in no higher precision than float32.
         dtype, rtol = (torch.float32, 1e-4) if arch == "mixtral" else (torch.float64, 1e-10)
         model = tiny_models.build(arch, dtype=dtype)
@@ -149,12 +153,11 @@ class TestLoss:
         _, gradients = loss_and_gradients(model, batch, config=OverToneConfig(epsilon=50, hold="settled"), fused=True)
         assert not gradients
 
-    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-    def test_compiled(self, model, batch, backend):
+    def test_compiled(self, model, batch):
         """The model inside torch.compile, whose graph breaks at the loss."""
         expected, gradients = loss_and_gradients(model, batch)
         gradients = {name: gradient.clone() for name, gradient in gradients.items()}
-        compiled = torch.compile(model, backend=backend)
+        compiled = torch.compile(model, backend="aot_eager")
         loss, fused_gradients = loss_and_gradients(model, batch, fused=True, inside=compiled)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(fused_gradients, gradients)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import transformers
+from packaging.version import Version
 
 from overtone import OverToneConfig
 from overtone.functional import reference_loss
@@ -100,9 +102,9 @@ class TestGradientCheckpointing:
 
 
 class TestCompile:
-    @architectures
+    @pytest.mark.parametrize("arch", ["llama", "gpt2"])
     def test_gives_the_eager_loss_and_gradient(self, arch):
-        """The forward and the loss in one compiled model."""
+        """The forward and the loss in one compiled model, which passes the logits by name or by position."""
         torch.compiler.reset()
         model = tiny_models.build(arch)
         batch = tiny_models.ragged_batch(model)
@@ -169,6 +171,8 @@ class TestLayout:
 
     def test_packing(self, arch):
         """Sequences in one row, told apart by their position ids."""
+        if Version(transformers.__version__) < Version("4.53"):
+            pytest.skip(f"transformers {transformers.__version__} tells them apart in flash attention alone")
         model = without_auxiliary(arch)
         rows = self.rows(model)
         batch = {

@@ -417,7 +417,7 @@ class TestFromHiddenStates:
     @pytest.fixture(autouse=True)
     def is_chosen(self, kernel, monkeypatch):
         for module in (linear, loss_module):
-            monkeypatch.setattr(module, "choose", lambda logits: kernel)
+            monkeypatch.setattr(module, "choose", lambda logits, shard: kernel)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("chunk_size", [6, 64])
@@ -454,3 +454,44 @@ class TestFromHiddenStates:
         assert loss.item() == pytest.approx(0.05)
         assert not hidden.grad.any()
         assert not weight.grad.any()
+
+
+class TestPartsOfRows:
+    """What a rank sums up of its part of the vocabulary, which tests/test_distributed.py puts together."""
+
+    @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize("vocabulary", [1, 7, 33, 1025])
+    def test_sums_are_the_literal_ones(self, kernel, dtype, vocabulary):
+        """With a top that may lie in another part, banned tokens and infinities."""
+        logits, _ = draw_tokens(6, vocabulary, dtype=dtype)
+        logits[1, : vocabulary // 2] = -math.inf
+        logits[2, : vocabulary // 2] = -1e4
+        logits[3] = -math.inf
+        scores = logits.double()
+        top = scores.amax(dim=1) + torch.tensor([0.0, 0.0, 0.0, 4.0, 1.0, 200.0])
+        top[3] = 4.0
+        threshold = top - 1.5
+        distance = scores - top.unsqueeze(1)
+        counted = distance >= math.log(torch.finfo(torch.float32).tiny)
+        count = counted.sum(dim=1)
+        mean = scores.where(counted, 0).sum(dim=1) / count.clamp(min=1)
+        squares = (scores - mean.unsqueeze(1)).where(counted, 0).square().sum(dim=1)
+        weights = distance.exp()
+        below, on_top = weights.where(distance < 0, 0).sum(dim=1), (distance == 0).sum(dim=1)
+        kept = weights.where((scores > threshold.unsqueeze(1)) & (distance < 0), 0).sum(dim=1)
+        expected = torch.stack([count, mean, squares, below, on_top])
+
+        working = torch.float64 if dtype == torch.float64 else torch.float32
+        of_rows = top.to(working), threshold.to(working)
+        yardstick = {"rtol": 1e-12 if dtype == torch.float64 else 3e-6, "atol": 1e-6}
+        torch.testing.assert_close(kernel.highest(logits).double(), scores.amax(dim=1), **yardstick)
+        torch.testing.assert_close(kernel.sums(logits, of_rows[0]).double(), expected, **yardstick)
+        torch.testing.assert_close(kernel.kept(logits, *of_rows).double(), kept, **yardstick)
+
+    @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+    def test_nan_is_not_lost(self, kernel):
+        """In a maximum over ranks it might be, so it is infinity, which ends as NaN."""
+        logits = torch.randn(2, 100)
+        logits[1, 37] = math.nan
+        assert kernel.highest(logits)[1] == math.inf

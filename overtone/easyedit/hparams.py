@@ -13,7 +13,7 @@ from overtone.token_loss.grammar import read
 KEY = "token_loss"
 
 DEFAULT_HOLD = "settled"
-"""Of `token_loss: overtone`; chosen by measurement, see examples/easyedit/results."""
+"""Of `token_loss: overtone`; chosen by measurement, see docs/easyedit.md."""
 
 WISE_OPTIONS = ("activation_scale", "context_templates")
 PAPER_ACTIVATION_SCALE = 0.6

@@ -4,7 +4,7 @@ The paper shrinks "activation thresholds by 0.6" and trains without context temp
 `context_templates: false` takes them away: they are what makes a WISE edit general. Of WISE's thresholds,
 `act_ratio` decides at inference whether a query goes to the edited weight: it is compared with how far the edit moved
 the activations, and a milder loss moves them less. The margins (alpha, beta, gamma) shape training instead; scaling
-them too was tried and is described beside the results in examples/easyedit. So `act_ratio` alone is scaled.
+them too was tried and changed nothing. So `act_ratio` alone is scaled.
 
 WISE's early stop wants a total loss of at most 0.02, below OverTone's floor; a held step reports 0 for the tokens, so
 the stop fires once the activation loss, too, is done. That loss is no term beside the edit but its other half: it

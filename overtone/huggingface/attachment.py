@@ -16,7 +16,7 @@ from overtone.config import OverToneConfig
 from overtone.huggingface.attached_loss import AttachedLoss
 from overtone.huggingface.calls import Calls
 from overtone.huggingface.forward import RECORD, WatchedForward, refuse_wrapper, unwatch, watch
-from overtone.huggingface.fused_head import FusedHead, refuse_unfusable_model
+from overtone.huggingface.fused_head import FusedHead, refuse_unfusable_model, spreads_vocabulary
 from overtone.huggingface.holding import cut_off_added_terms
 from overtone.huggingface.loss import EvalLoss, Observer, check_eval_loss, checked_config
 from overtone.huggingface.verification import find_causal_lm, refuse_unsupported_model, verify_loss_is_called
@@ -107,7 +107,7 @@ def attach(
     config: OverToneConfig | None = None,
     *,
     observer: Observer | None = None,
-    fused: bool = False,
+    fused: bool | None = None,
     eval_loss: EvalLoss = "cross_entropy",
     hold_group: ProcessGroup | None = None,
 ) -> Attachment:
@@ -128,10 +128,12 @@ def attach(
         observer: called with logits and next tokens in every training step; ``TokenStatesCallback(...).observe``, say.
         fused: compute the loss from the hidden states, a chunk of logits at a time (`overtone.linear_overtone_loss`),
             in every forward with labels by name while gradients are enabled. The logits of its outputs are then None.
-            Without labels, and under ``torch.no_grad()`` as in a Trainer's evaluation, they are there as ever.
+            Without labels, and under ``torch.no_grad()`` as in a Trainer's evaluation, they are there as ever. None:
+            where tensor parallelism spreads the output layer over ranks, so that no rank makes all the logits.
         eval_loss: what the loss is while gradients are disabled: "cross_entropy", so that an evaluation can be
-            compared and its exponential is a perplexity, or "overtone", which training without gradients needs.
-        hold_group: the ranks of torch.distributed that hold together, all or none; None for all there are.
+            compared and its exponential is a perplexity, or "overtone", which training without gradients needs (MeZO).
+        hold_group: the ranks of torch.distributed that hold together, all or none, each of which has to make the call;
+            None for all there are.
 
     Returns:
         A handle with ``detach()``, which is also a context manager.
@@ -139,14 +141,15 @@ def attach(
     Raises:
         TypeError: if there is no Hugging Face model inside, or config is not an OverToneConfig.
         ValueError: if the model would not call the loss: its forward computes its loss another way, it is not a causal
-            language model, Liger's fused loss is on it, or PEFT's CPT around it. One forward of two tokens finds out
-            (not where parameters are sharded or not loaded; there the first training step does). With fused=True also
-            if the logits are not those of a plain ``torch.nn.Linear`` (soft-capping, a scale, PEFT or quantisation on
-            the output layer), if parameters are sharded or not loaded, or for an observer. Nothing has changed then.
+            language model, a Liger without ``skip_logits`` is on it, or PEFT's CPT around it. One forward of two tokens
+            finds out (not where parameters are sharded or not loaded; there the first training step does). With
+            fused=True also if the logits are not those of a plain ``torch.nn.Linear`` (soft-capping, a scale, PEFT or
+            quantisation on the output layer), if parameters are sharded or not loaded, or for an observer. Nothing has
+            changed then.
             Later, from a Trainer that computes another loss: label_smoothing_factor, a compute_loss_func.
-        RuntimeError: later, from a training step whose loss was computed by something else: Liger's or TRL's fused
-            loss, put on the model after `attach`, or a Trainer that keeps the labels to itself; or whose output layer
-            is no longer one that can be fused.
+        RuntimeError: later, from a training step whose loss was computed by something else: TRL's fused loss, put
+            on the model after `attach`, or a Trainer that keeps the labels to itself; or whose output layer is no
+            longer one that can be fused.
     """
     config = checked_config(config)
     check_eval_loss(eval_loss)
@@ -156,6 +159,8 @@ def attach(
     for wrapper in wrappers:
         refuse_wrapper(wrapper, causal_lm, can_be_held=False)
     verify_loss_is_called(causal_lm, inside=model)
+    if fused is None:
+        fused = observer is None and spreads_vocabulary(causal_lm)
     if fused:
         if observer is not None:
             raise ValueError("observer must be None with fused=True, which makes no logits that it could be shown")

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from overtone.huggingface.calls import Call, Calls
 from overtone.huggingface.verification import how_sharded_or_unloaded, run_on_two_tokens
+from overtone.shard import as_dtensor
 
 _SLOT = "_loss_function"
 
 
 class FusedHead:
-    """Gives the output layer no rows in a training step with labels, and its input to the loss.
+    """Gives the output layer no rows (one if it is spread over ranks) in a training step, and its input to the loss.
 
     It works by a hook, which is copied, pickled and removed with no trace; every method stays what it was.
     """
@@ -56,7 +57,9 @@ class FusedHead:
             return None
         (hidden,) = args
         call.expects_head, call.diverted = False, (hidden, head)
-        return (hidden[..., :0, :],)
+        # A DTensor of no rows is more than torch can reshape.
+        rows = 0 if as_dtensor(head.weight) is None else 1
+        return (hidden[..., :rows, :],)
 
     def _is_elsewhere(self, model: Any) -> str | None:
         hooks = model.get_output_embeddings()._forward_pre_hooks.values()
@@ -101,9 +104,19 @@ def refuse_unfusable_model(model: Any, *, inside: nn.Module) -> None:
         )
 
 
+def spreads_vocabulary(model: Any) -> bool:
+    """Whether tensor parallelism has given each rank a part of the output layer's tokens (transformers' tp_plan)."""
+    head = model.get_output_embeddings()
+    weight = as_dtensor(getattr(head, "weight", None))
+    return (
+        bool(getattr(model, "tp_size", None)) and weight is not None and any(p.is_shard(0) for p in weight.placements)
+    )
+
+
 def _obstacle(model: Any, inside: nn.Module) -> str | None:
     """What keeps the loss from computing the logits itself, or None."""
-    if where := how_sharded_or_unloaded(inside):
+    is_spread = spreads_vocabulary(model)
+    if not is_spread and (where := how_sharded_or_unloaded(inside)):
         return f"parameters that are not all here: {where}"
     if getattr(model, "_is_replica", False) or any(isinstance(m, nn.DataParallel) for m in inside.modules()):
         return "torch.nn.DataParallel, whose replicas run in threads"
@@ -111,12 +124,12 @@ def _obstacle(model: Any, inside: nn.Module) -> str | None:
     if type(head) is not nn.Linear:
         # Its full name says whether that is PEFT's adapter or copy, a quantised layer, or none at all.
         return f"an output layer of type {type(head).__module__}.{type(head).__qualname__}, no plain torch.nn.Linear"
-    if "forward" in head.__dict__:
+    if not is_spread and "forward" in head.__dict__:
         return "an output layer whose forward is replaced (by Accelerate's device_map, say)"
     hooks = (*head._forward_hooks.values(), *head._forward_pre_hooks.values())
     if any(not isinstance(getattr(hook, "__self__", None), FusedHead) for hook in hooks):
         return "forward hooks on its output layer"
     for tensor in (head.weight, head.bias):
-        if tensor is not None and type(tensor) not in (nn.Parameter, Tensor):
+        if not is_spread and tensor is not None and type(tensor) not in (nn.Parameter, Tensor):
             return f"an output layer whose parameters are of type {type(tensor).__name__}, no plain tensors"
     return None

@@ -59,8 +59,10 @@ def compute_loss_func(
             this function: ``model.config.router_aux_loss_coef``. Needed as soon as the model returns one. A held step
             holds it too.
         observer: as for `causal_lm_loss`; ``TokenStatesCallback(...).observe``, say.
-        eval_loss: what the loss is while gradients are disabled: "cross_entropy" or "overtone".
-        hold_group: the ranks of torch.distributed that hold together, all or none; None for all there are.
+        eval_loss: what the loss is while gradients are disabled: "cross_entropy" or "overtone", which training without
+            gradients needs (MeZO).
+        hold_group: the ranks of torch.distributed that hold together, all or none, each of which has to make the call;
+            None for all there are.
 
     Returns:
         ``(outputs, labels, num_items_in_batch=None) -> loss``. In a Trainer a column ``loss_mask`` of the batch weighs

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, compiler
 
 from overtone.kernels.cpu import CpuKernel
-from overtone.kernels.kernel import Clip, Fit, Kernel, Target
+from overtone.kernels.kernel import Clip, Fit, Kernel, KernelOfParts, Target
 from overtone.kernels.torch import TorchKernel
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def choose(logits: Tensor, shard: VocabularyShard | None = None) -> Kernel:
         from overtone.kernels.graph import GRAPH  # imported while it traces: the operators are registered then
 
         return GRAPH
-    own = CPU if CPU.serves(logits) else TORCH
+    own: KernelOfParts = CPU if CPU.serves(logits) else TORCH
     if shard is None:
         return own
     from overtone.kernels.sharded import ShardedKernel  # where torch.distributed is

@@ -142,6 +142,26 @@ def _standard_deviation(scores: Tensor, top: Tensor) -> Tensor:
     return (squares / (count - 1).clamp(min=1)).sqrt()
 
 
+def sums_of_part(logits: Tensor, top: Tensor) -> Tensor:
+    """`overtone.kernels.kernel.Kernel.sums` of a part ``(B, V_local)`` of rows with these tops ``(B,)``."""
+    scores = logits.to(top.dtype)
+    distance = scores - top.unsqueeze(1)
+    counted = scores >= (top - UNDERFLOW_DISTANCE).unsqueeze(1)
+    count = counted.sum(dim=1).to(scores.dtype)
+    mean = torch.where(counted, scores, 0).sum(dim=1) / count.clamp(min=1)
+    squares = torch.where(counted, scores - mean.unsqueeze(1), 0).square().sum(dim=1)
+    below = torch.where(distance < 0, distance.exp(), 0).sum(dim=1)
+    on_top = (distance == 0).sum(dim=1).to(scores.dtype)
+    return torch.stack([count, mean, squares, below, on_top])
+
+
+def kept_of_part(logits: Tensor, top: Tensor, threshold: Tensor) -> Tensor:
+    """`overtone.kernels.kernel.Kernel.kept` of a part ``(B, V_local)`` of rows."""
+    scores = logits.to(top.dtype)
+    kept = (scores > threshold.unsqueeze(1)) & (scores < top.unsqueeze(1))
+    return torch.where(kept, (scores - top.unsqueeze(1)).exp(), 0).sum(dim=1)
+
+
 def gradient_of_others(logits: Tensor, coefficients: Tensor, grad_kl: Tensor) -> Tensor:
     """``grad_kl * dKL/dlogits`` ``(B, V)`` of every token but the label; exact zeros where grad_kl is 0.
 

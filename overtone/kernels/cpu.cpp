@@ -42,12 +42,18 @@ struct Call {
 
   // Of gradient alone:
   const void* grad_kl;  // (N,) Real
+
+  // Of the sums over a part of the vocabulary alone, which go where the coefficients do:
+  const void *tops, *thresholds;  // (N,) Real, of whole rows
 };
 
 // Functions over the rows from begin to end.
 struct Rows {
   void (*fit)(const Call&, int64_t begin, int64_t end);
   void (*gradient)(const Call&, int64_t begin, int64_t end);
+  void (*highest)(const Call&, int64_t begin, int64_t end);
+  void (*sums)(const Call&, int64_t begin, int64_t end);
+  void (*kept)(const Call&, int64_t begin, int64_t end);
 };
 
 extern const Rows rows_baseline, rows_avx2, rows_avx512;
@@ -484,6 +490,107 @@ void write_gradients(const Call& call, int64_t begin, int64_t end) {
                    call.labels[index], static_cast<Logit*>(call.gradient) + index * call.gradient_stride);
 }
 
+// ---- Sums over this rank's part of a row, of which the top is known only once all ranks have looked. ----
+
+template <typename Logit>
+const Logit* row_of(const Call& call, int64_t index) {
+  return static_cast<const Logit*>(call.logits) + index * call.logits_stride;
+}
+
+template <typename Real>
+Real& sum_of(const Call& call, int64_t which, int64_t index) {
+  return static_cast<Real*>(call.coefficients)[which * call.coefficients_stride + index];
+}
+
+// Infinity where a logit is NaN, so that a maximum of all ranks does not lose it.
+template <typename Logit, typename Real = RealOf<Logit>>
+void write_highest(const Call& call, int64_t begin, int64_t end) {
+  using P = Pair<Logit>;
+  for (int64_t index = begin; index < end; index++) {
+    P highest = P::of(-INFINITE<Real>), unordered = P::of(0);
+    visit_pairs(row_of<Logit>(call, index), 0, call.vocabulary, [&](const P& scores, int64_t) {
+      for (int i = 0; i < 2; i++) {
+        const typename P::Vector& score = scores.parts[i];
+        highest.parts[i] = score > highest.parts[i] ? score : highest.parts[i];
+        unordered.parts[i] = score == score ? unordered.parts[i] : unordered.parts[i] + Real(1);
+      }
+    });
+    sum_of<Real>(call, 0, index) = unordered.sum() > 0 ? INFINITE<Real> : highest.highest();
+  }
+}
+
+// Count, mean and sum of squared deviations of the logits that count, weights below the top, and logits at the top.
+template <typename Logit, typename Real = RealOf<Logit>>
+void write_sums(const Call& call, int64_t begin, int64_t end) {
+  using P = Pair<Logit>;
+  using Vector = typename P::Vector;
+  const Vector zero{}, one = zero + Real(1);
+  const Chunks chunks(call.vocabulary);
+  for (int64_t index = begin; index < end; index++) {
+    const Logit* const logits = row_of<Logit>(call, index);
+    const Real top = static_cast<const Real*>(call.tops)[index], cut = top - static_cast<Real>(UNDERFLOW_DISTANCE);
+    double count = 0, sum = 0, squares = 0, below = 0, on_top = 0;
+    for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
+      P counts = P::of(0), scores_sum = P::of(0);
+      visit_pairs(logits, chunks.begin(chunk), chunks.end(chunk), [&](const P& scores, int64_t) {
+        for (int i = 0; i < 2; i++) {
+          const Vector& score = scores.parts[i];
+          counts.parts[i] += score >= cut ? one : zero;
+          scores_sum.parts[i] += score >= cut ? score : zero;
+        }
+      });
+      count += counts.sum();
+      sum += scores_sum.sum();
+    }
+    const Real mean = static_cast<Real>(count ? sum / count : 0);
+    for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
+      P chunk_squares = P::of(0), chunk_below = P::of(0), chunk_on_top = P::of(0);
+      visit_pairs(logits, chunks.begin(chunk), chunks.end(chunk), [&](const P& scores, int64_t) {
+        for (int i = 0; i < 2; i++) {
+          const Vector& score = scores.parts[i];
+          const Vector deviation = score >= cut ? score - mean : zero;
+          chunk_squares.parts[i] += deviation * deviation;
+          chunk_below.parts[i] += score < top ? exp_of(score - top) : zero;
+          chunk_on_top.parts[i] += score == top ? one : zero;
+        }
+      });
+      squares += chunk_squares.sum();
+      below += chunk_below.sum();
+      on_top += chunk_on_top.sum();
+    }
+    int64_t which = 0;
+    for (const double value : {count, static_cast<double>(mean), squares, below, on_top})
+      sum_of<Real>(call, which++, index) = static_cast<Real>(value);
+  }
+}
+
+// Weights of what the filter keeps below the top.
+template <typename Logit, typename Real = RealOf<Logit>>
+void write_kept(const Call& call, int64_t begin, int64_t end) {
+  using P = Pair<Logit>;
+  using Vector = typename P::Vector;
+  const Vector zero{};
+  const Chunks chunks(call.vocabulary);
+  for (int64_t index = begin; index < end; index++) {
+    const Logit* const logits = row_of<Logit>(call, index);
+    const Real top = static_cast<const Real*>(call.tops)[index];
+    const Real threshold = static_cast<const Real*>(call.thresholds)[index];
+    double kept = 0;
+    for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
+      P chunk_kept = P::of(0);
+      visit_pairs(logits, chunks.begin(chunk), chunks.end(chunk), [&](const P& scores, int64_t) {
+        for (int i = 0; i < 2; i++) {
+          const Vector& score = scores.parts[i];
+          const Vector weight = score > threshold ? exp_of(score - top) : zero;
+          chunk_kept.parts[i] += score < top ? weight : zero;
+        }
+      });
+      kept += chunk_kept.sum();
+    }
+    sum_of<Real>(call, 0, index) = static_cast<Real>(kept);
+  }
+}
+
 void fit(const Call& call, int64_t begin, int64_t end) {
   switch (call.storage) {
     case FLOAT32: return fit_rows<float>(call, begin, end);
@@ -502,9 +609,36 @@ void gradient(const Call& call, int64_t begin, int64_t end) {
   }
 }
 
+void highest(const Call& call, int64_t begin, int64_t end) {
+  switch (call.storage) {
+    case FLOAT32: return write_highest<float>(call, begin, end);
+    case FLOAT64: return write_highest<double>(call, begin, end);
+    case BFLOAT16: return write_highest<BFloat16>(call, begin, end);
+    case FLOAT16: return write_highest<Half>(call, begin, end);
+  }
+}
+
+void sums(const Call& call, int64_t begin, int64_t end) {
+  switch (call.storage) {
+    case FLOAT32: return write_sums<float>(call, begin, end);
+    case FLOAT64: return write_sums<double>(call, begin, end);
+    case BFLOAT16: return write_sums<BFloat16>(call, begin, end);
+    case FLOAT16: return write_sums<Half>(call, begin, end);
+  }
+}
+
+void kept(const Call& call, int64_t begin, int64_t end) {
+  switch (call.storage) {
+    case FLOAT32: return write_kept<float>(call, begin, end);
+    case FLOAT64: return write_kept<double>(call, begin, end);
+    case BFLOAT16: return write_kept<BFloat16>(call, begin, end);
+    case FLOAT16: return write_kept<Half>(call, begin, end);
+  }
+}
+
 }  // namespace
 
-extern const Rows ROWS{fit, gradient};
+extern const Rows ROWS{fit, gradient, highest, sums, kept};
 
 #else
 // ---- The module ----
@@ -683,9 +817,33 @@ PyObject* gradient(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+// What is named first of: highest, sums, kept.
+PyObject* part(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  if (!has_count("part", count, 15)) return nullptr;
+  Arguments arguments(values);
+  const int64_t which = arguments.integer();
+  Call call{};
+  const Rows* const rows = read_tensors(arguments, call);
+  call.tops = arguments.address();
+  call.thresholds = arguments.address();
+  const int64_t threads = arguments.integer();
+  if (!rows || PyErr_Occurred()) return nullptr;
+  const RowsFunction functions[] = {rows->highest, rows->sums, rows->kept};
+  if (which < 0 || which > 2) {
+    PyErr_SetString(PyExc_ValueError, "which must be 0, 1 or 2");
+    return nullptr;
+  }
+
+  PyThreadState* const python = PyEval_SaveThread();
+  run(functions[which], call, threads);
+  PyEval_RestoreThread(python);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"fit", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fit)), METH_FASTCALL, nullptr},
     {"gradient", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(gradient)), METH_FASTCALL, nullptr},
+    {"part", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(part)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
@@ -698,7 +856,8 @@ PyMODINIT_FUNC PyInit__cpu() {
   if (!created || !names) return nullptr;
   for (int64_t index = 0; index < VARIANTS.count; index++)
     PyTuple_SetItem(names, index, PyUnicode_FromString(VARIANTS.variants[index].name));
-  return PyModule_AddObject(created, "VARIANTS", names) == 0 ? created : nullptr;
+  if (PyModule_AddObject(created, "VARIANTS", names) != 0) return nullptr;
+  return PyModule_AddIntConstant(created, "INTERFACE", 1) == 0 ? created : nullptr;
 }
 
 #endif

@@ -89,3 +89,20 @@ class Kernel(Protocol):
             coefficients: ``(5, N)``, of `fit`.
             out: like logits, in whose place it may be.
         """
+
+
+class KernelOfParts(Kernel, Protocol):
+    """A kernel that also sums up a slice of the vocabulary of rows whose rest is elsewhere."""
+
+    def highest(self, logits: Tensor) -> Tensor:
+        """The maximum ``(N,)`` of each row of a slice of the vocabulary; infinity where a logit is NaN."""
+
+    def sums(self, logits: Tensor, top: Tensor) -> Tensor:
+        """Sums ``(5, N)`` over a slice of rows of which the whole's top ``(N,)`` is known.
+
+        Count, mean and sum of squared deviations of the logits that count for the standard deviation; the sum of
+        exp(logit - top) below the top; and how many logits are at the top.
+        """
+
+    def kept(self, logits: Tensor, top: Tensor, threshold: Tensor) -> Tensor:
+        """Sum ``(N,)`` of exp(logit - top) over what the filter keeps below the top, in a slice of the rows."""

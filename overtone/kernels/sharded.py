@@ -8,16 +8,15 @@ over what the filter keeps, which is known only then.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from overtone.checks import Reduction, check_labels, working_dtype
-from overtone.kernels.closed_form import UNDERFLOW_DISTANCE, RowSums, TargetTensors, filter_threshold, fit_sums
-from overtone.kernels.kernel import Clip, Fit, Kernel, Target
-from overtone.kernels.torch import BLOCK_ELEMENTS, reduced_fit, target_tensors, without_autocast
+from overtone.kernels.closed_form import RowSums, TargetTensors, filter_threshold, fit_sums
+from overtone.kernels.kernel import Clip, Fit, KernelOfParts, Target
+from overtone.kernels.torch import reduced_fit, target_tensors, without_autocast
 
 if TYPE_CHECKING:
     from overtone.shard import VocabularyShard
@@ -35,7 +34,7 @@ class ShardedKernel:
 
     gradient_with_fit_up_to = 0
 
-    def __init__(self, shard: VocabularyShard, own: Kernel) -> None:
+    def __init__(self, shard: VocabularyShard, own: KernelOfParts) -> None:
         self._shard = shard
         self._own = own
 
@@ -72,24 +71,22 @@ class ShardedKernel:
     def _sums(self, logits: Tensor, labels: Tensor, target: TargetTensors) -> RowSums:
         dtype = working_dtype(logits)
         rows, width = logits.shape
-        top = logits.new_full((rows,), -math.inf, dtype=dtype)
-        for block in _blocks(rows, width):
-            # A maximum of all ranks might lose a NaN. Infinity makes the same of the row in the end.
-            top[block] = logits[block].amax(dim=1).to(dtype).nan_to_num(math.inf, math.inf, -math.inf)
+        top = self._own.highest(logits) if width else logits.new_full((rows,), -math.inf, dtype=dtype)
         self._shard.maximum(top)
 
-        # Of each rank: count, mean and sum of squared deviations of the logits that count, weights below the top,
-        # logits at the top, and the label's logit where it has it.
+        # One column more than rows: where the part lies.
+        place = top.new_tensor([self._shard.start, width, 0, 0, 0, 0])
         own = top.new_zeros(6, rows)
-        own[5] = -math.inf
-        for block in _blocks(rows, width):
-            own[:5, block] = _moments_and_weights(logits[block].to(dtype), top[block])
-        position = labels - self._shard.start
-        is_here = (position >= 0) & (position < width)
+        own[5] = -math.inf  # the label's logit where it is here
         if width:
+            own[:5] = self._own.sums(logits, top)
+            position = labels - self._shard.start
             label = logits.gather(1, position.clamp(0, width - 1).unsqueeze(1)).squeeze(1).to(dtype)
-            own[5] = torch.where(is_here, label, own[5])
-        parts = self._shard.gathered(own)
+            own[5] = torch.where((position >= 0) & (position < width), label, own[5])
+        parts = self._shard.gathered(torch.cat([own, place.unsqueeze(1)], dim=1))
+        if logits.device.type == "cpu":
+            self._shard.require_tiles(parts[:, :2, -1])
+        parts = parts[..., :-1]
         count, mean, squares = parts[0, :3]
         for other_count, other_mean, other_squares in parts[1:, :3]:
             count, mean, squares = _merged(count, mean, squares, other_count, other_mean, other_squares)
@@ -98,37 +95,9 @@ class ShardedKernel:
         label = parts[:, 5].amax(dim=0)
         threshold = filter_threshold(top, standard_deviation, target)
 
-        kept_below = torch.zeros_like(top)
-        for block in _blocks(rows, width):
-            kept_below[block] = _kept_weights(logits[block].to(dtype), top[block], threshold[block])
+        kept_below = self._own.kept(logits, top, threshold) if width else torch.zeros_like(top)
         self._shard.total(kept_below)
         return RowSums(top, label, threshold, below, kept_below, on_top + (top - top))
-
-
-def _blocks(rows: int, width: int) -> Iterator[slice]:
-    """Rows to work on at a time; none where a rank has no part of the vocabulary."""
-    if width:
-        size = max(1, BLOCK_ELEMENTS // width)
-        yield from (slice(start, min(start + size, rows)) for start in range(0, rows, size))
-
-
-def _moments_and_weights(scores: Tensor, top: Tensor) -> Tensor:
-    """The first five sums ``(5, B)`` of a rank's part ``(B, V_local)``."""
-    distance = scores - top.unsqueeze(1)
-    counted = distance >= -UNDERFLOW_DISTANCE
-    count = counted.sum(dim=1).to(scores.dtype)
-    mean = torch.where(counted, scores, 0).sum(dim=1) / count.clamp(min=1)
-    squares = torch.where(counted, scores - mean.unsqueeze(1), 0).square().sum(dim=1)
-    is_below = distance < 0
-    below = torch.where(is_below, distance.exp(), 0).sum(dim=1)
-    on_top = (distance == 0).sum(dim=1).to(scores.dtype)
-    return torch.stack([count, mean, squares, below, on_top])
-
-
-def _kept_weights(scores: Tensor, top: Tensor, threshold: Tensor) -> Tensor:
-    """Sum ``(B,)`` of exp(logit - top) over what the filter keeps below the top."""
-    kept = (scores > threshold.unsqueeze(1)) & (scores < top.unsqueeze(1))
-    return torch.where(kept, (scores - top.unsqueeze(1)).exp(), 0).sum(dim=1)
 
 
 def _merged(

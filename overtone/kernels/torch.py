@@ -18,6 +18,8 @@ from overtone.kernels.closed_form import (
     become_gradient_of_others,
     fit_rows,
     gradient_of_labels,
+    kept_of_part,
+    sums_of_part,
     write_gradient_of_others,
 )
 from overtone.kernels.kernel import Clip, Fit, Target
@@ -124,6 +126,30 @@ class TorchKernel:
                 if not isinstance(rows, slice):
                     out[rows] = block_out
 
+    def highest(self, logits: Tensor) -> Tensor:
+        """As `overtone.kernels.kernel.Kernel.highest`."""
+        top = [logits[rows].amax(dim=1).to(working_dtype(logits)) for rows in self._slices(logits)]
+        return torch.cat(top).nan_to_num(math.inf, math.inf, -math.inf) if top else _no_rows(logits)
+
+    def sums(self, logits: Tensor, top: Tensor) -> Tensor:
+        """As `overtone.kernels.kernel.Kernel.sums`."""
+        with without_autocast(logits):
+            sums = [self._call(sums_of_part, logits, logits[rows], top[rows]) for rows in self._slices(logits)]
+        return torch.cat(sums, dim=1) if sums else _no_rows(logits).expand(5, 0)
+
+    def kept(self, logits: Tensor, top: Tensor, threshold: Tensor) -> Tensor:
+        """As `overtone.kernels.kernel.Kernel.kept`."""
+        with without_autocast(logits):
+            kept = [
+                self._call(kept_of_part, logits, logits[rows], top[rows], threshold[rows])
+                for rows in self._slices(logits)
+            ]
+        return torch.cat(kept) if kept else _no_rows(logits)
+
+    def _slices(self, logits: Tensor) -> Iterator[Rows]:
+        every_row = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        return self._blocks(logits, every_row, worthwhile_share=1)
+
     def _call(self, function: Callable[..., Any], logits: Tensor, *arguments: Any) -> Any:
         return self.compiled(function, *arguments) if self.compiled.is_worthwhile(logits) else function(*arguments)
 
@@ -143,6 +169,10 @@ class TorchKernel:
                 yield slice(start, min(start + size, len(logits)))
         else:
             yield from filter(len, needed.nonzero().squeeze(1).split(size))
+
+
+def _no_rows(logits: Tensor) -> Tensor:
+    return logits.new_empty(0, dtype=working_dtype(logits))
 
 
 def reduced_fit(

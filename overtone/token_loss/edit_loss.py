@@ -47,7 +47,7 @@ class EditLoss:
             ``(N,)`` with its graph, and whether the step is held.
 
         Raises:
-            ValueError: the loss did not return one value a token, or a hold is asked for under torch.distributed.
+            ValueError: the loss did not return one value a token.
         """
         loss = self.token_loss(logits, labels)
         if not isinstance(loss, Tensor) or loss.shape != labels.shape:
@@ -66,7 +66,7 @@ class EditLoss:
             loss = torch.where(is_settled(distance, self.epsilon, correct), self.epsilon, loss)
         if not may_hold:
             return loss, False
-        return loss, loss.requires_grad and self.hold.is_met(distance, self.epsilon, correct)
+        return loss, loss.requires_grad and self.hold.is_met_here(distance, self.epsilon, correct)
 
     def mean(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean over the tokens, 0 if there is none; of a held step cut off from the model.

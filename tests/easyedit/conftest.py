@@ -1,7 +1,7 @@
 """Fixtures for tests against a real checkout of EasyEdit, named by EASYEDIT_ROOT.
 
-Every test skips, with one line, where the variable is not set. Checkouts from before June 2026 send everything to
-"cuda:<device>"; on a machine without CUDA the fixture `framework` sends it to the CPU instead.
+Without the variable tests/conftest.py leaves this folder out. Checkouts from before June 2026 send everything
+to "cuda:<device>"; on a machine without CUDA the fixture `framework` sends it to the CPU instead.
 """
 
 from __future__ import annotations
@@ -28,15 +28,11 @@ from overtone.easyedit.methods import TRAINERS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ROOT = os.environ.get("EASYEDIT_ROOT")
+if "EASYEDIT_ROOT" not in os.environ:
+    raise pytest.UsageError("set EASYEDIT_ROOT to a checkout of EasyEdit, in an environment with its requirements")
+ROOT = os.environ["EASYEDIT_ROOT"]
 METHODS = ("FT", "LoRA", "MELO", "WISE")
 ARCHITECTURES = ("llama", "gpt2", "qwen2", "mistral")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _need_easyedit():
-    if ROOT is None:
-        pytest.skip("set EASYEDIT_ROOT to a checkout of EasyEdit, in an environment with its requirements")
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class Framework:
 def framework(tmp_path_factory):
     """EasyEdit, imported, on the CPU, writing its logs to a folder of this session."""
     os.chdir(tmp_path_factory.mktemp("cwd"))
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, ROOT)
     editor_class = importlib.import_module("easyeditor").BaseEditor
     device: int | str = "cpu"
     if importlib.util.find_spec("easyeditor.util.device") is None:
@@ -84,9 +80,6 @@ def _send_cuda_to_cpu():
 @pytest.fixture(autouse=True)
 def _clean_slate(request):
     """Adapters out, EasyEdit's process-wide state as at import, the same seed, before and after each test."""
-    if ROOT is None:
-        yield
-        return
     overtone.easyedit.uninstall()
     _reset(request.getfixturevalue("framework"))
     yield
