@@ -460,7 +460,8 @@ def cost_edits() -> pd.DataFrame:
 def cost_sharded() -> pd.DataFrame:
     """The vocabulary spread over two and four ranks."""
     rows = pd.read_csv(RESULTS / "sharded.csv", dtype=str)
-    return spread(rows.assign(case=rows["ranks"] + " ranks, " + rows["size"] + " " + rows["dtype"], ms=rows.ms.map(three_digits)))
+    case = rows["ranks"] + " ranks, " + rows["size"] + " " + rows["dtype"]
+    return spread(rows.assign(case=case, ms=rows.ms.map(three_digits)))
 
 
 RANKS = (8, 32, 128, 512)
