@@ -9,6 +9,7 @@ reentrant checkpointing, compiled models, custom kernels.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+
+from overtone.torch_state import is_transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -128,14 +131,20 @@ def read_hold(value: HoldValue) -> Hold:
 
 
 def refuse_hold_in_graph(hold: Hold) -> None:
-    """Raise a ValueError while torch.compile traces: which gradients there are cannot depend on values in a graph.
+    """Raise a ValueError where a function is traced: which gradients there are cannot depend on values in a graph.
 
-    Where a graph may break (``fullgraph=False``) torch.compile then runs the function outside of it.
+    That is in torch.compile (where a graph may break, ``fullgraph=False``, it then runs the function outside of it)
+    and in torch.func's transforms.
     """
     if hold and torch.compiler.is_compiling():
         raise ValueError(
             f"hold={hold.value!r} cannot be used inside torch.compile(fullgraph=True), since whether a step is held "
             "depends on its values: compile the model alone and call the loss outside, or pass hold=None"
+        )
+    if hold and is_transformed():
+        raise ValueError(
+            f"hold={hold.value!r} cannot be used inside torch.func's grad and vmap, which return a gradient "
+            "whatever the values are: pass hold=None"
         )
 
 
@@ -267,10 +276,15 @@ def replace_old_names(hold: HoldValue, old: dict[str, object]) -> HoldValue:
 def accepts_old_names(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """A function with an argument hold that still takes hold_settled and hold_correct, with a DeprecationWarning."""
 
+    names = inspect.signature(function).parameters
+
     @wraps(function)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if "hold_settled" in kwargs or "hold_correct" in kwargs:
             old = {name: kwargs.pop(name) for name in OLD_NAMES if name in kwargs}
+            # Settings of which a part is changed (a preset, dataclasses.replace) come with both.
+            if kwargs.get("hold") is not None and "self" not in names:
+                raise ValueError(f"hold and {next(iter(old))} are both given: keep hold alone, got {kwargs['hold']!r}")
             hold = replace_old_names(kwargs.get("hold"), old)  # type: ignore[arg-type]
             said = ", ".join(f"{name}={value!r}" for name, value in old.items())
             warnings.warn(f"{said} is now called hold={hold!r}", DeprecationWarning, stacklevel=2)

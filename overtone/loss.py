@@ -25,7 +25,8 @@ from overtone.hold import (
     release_when_held,
 )
 from overtone.kernels import Clip, Kernel, Target, choose
-from overtone.shard import VocabularyShard, refuse_reference_with_shard, take_shard
+from overtone.shard import VocabularyShard, as_dtensor, refuse_reference_with_shard, take_shard
+from overtone.torch_state import is_transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -92,6 +93,13 @@ def overtone_loss(
         TypeError: for an argument of the wrong type.
         NotImplementedError: under forward-mode differentiation; the loss has first derivatives in reverse mode.
     """
+    if torch.compiler.is_compiling() and (shard is not None or as_dtensor(logits) is not None):
+        from overtone.kernels.graph import call_outside  # imported while it traces, with much of the compiler
+
+        settings = {"epsilon": epsilon, "n_sigma": n_sigma, "lam": lam, "check": check, "hold": hold}
+        others = {"ignore_index": ignore_index, "reduction": reduction, "hold_group": hold_group, "shard": shard}
+        outside: Tensor = call_outside(overtone_loss, logits, labels, **settings, **others)
+        return outside
     logits, labels, shard = take_shard(logits, labels, shard)
     if reference_logits is not None:
         refuse_reference_with_shard(shard)
@@ -118,8 +126,8 @@ def overtone_loss(
     kernel = choose(token_logits, shard)
     correct_only = holding.correct
     loss: Tensor
-    is_transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    function = _OverTone if is_transformed else _OrdinaryOverTone
+    needs_context = torch.compiler.is_compiling() or is_transformed()
+    function = _OverTone if needs_context else _OrdinaryOverTone
     loss, kl, coefficients, _ = function.apply(  # type: ignore[no-untyped-call]
         token_logits,
         token_labels,

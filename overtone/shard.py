@@ -21,15 +21,26 @@ class VocabularyShard:
         start: the first of them.
         size: V, of the whole vocabulary.
         group: of the ranks; None for all.
+
+    Raises:
+        TypeError, ValueError: for a start or size that is no number of tokens, or a start beyond size.
     """
 
     start: int
     size: int
     group: dist.ProcessGroup | None = None
 
+    def __post_init__(self) -> None:
+        """Raise a TypeError or ValueError unless start and size are numbers of tokens."""
+        for name, value in (("start", self.start), ("size", self.size)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be a number of tokens, got {value!r} of type {type(value).__name__}")
+        if not 0 <= self.start <= self.size or self.size == 0:
+            raise ValueError(f"start must be in [0, size], and size above 0, got start={self.start}, size={self.size}")
+
     def require_width(self, width: int) -> None:
         """Raise a ValueError unless so many tokens fit between start and the end of the vocabulary."""
-        if self.start < 0 or width < 0 or self.start + width > self.size:
+        if self.start + width > self.size:
             raise ValueError(
                 f"shard must lie in its vocabulary: {width} logits from start={self.start} on go beyond "
                 f"size={self.size}"
@@ -42,6 +53,14 @@ class VocabularyShard:
     def total(self, values: Tensor) -> None:
         """Replace the values by their sums over the ranks."""
         dist.all_reduce(values, group=self.group)
+
+    def require_tiles(self, parts: Tensor) -> None:
+        """Raise a ValueError unless the parts ``(ranks, 2)``, their start and width, follow one another to size."""
+        places = sorted((start, width) for start, width in parts.long().tolist() if width)
+        ends = [0, *(start + width for start, width in places)]
+        if [*(start for start, _ in places), self.size] != ends:
+            found = ", ".join(f"[{start}, {start + width})" for start, width in parts.long().tolist())
+            raise ValueError(f"shard: the ranks' parts must follow one another from 0 to size={self.size}, got {found}")
 
     def whole_rows(self, part: Tensor) -> Tensor:
         """Rows ``(B, V)`` of the whole vocabulary, from this rank's part ``(B, V_local)`` of them."""

@@ -212,6 +212,13 @@ class TestInstallationWithoutIt:
         assert len(caplog.records) == 1
         assert "was not built" in caplog.records[0].message
 
+    def test_a_library_of_another_version_is_left_alone(self, monkeypatch):
+        """Where the Python alone was updated, as by git pull in an editable installation."""
+        cpu.library.cache_clear()
+        monkeypatch.setattr(cpu, "INTERFACE", cpu.INTERFACE + 1)
+        assert cpu.library() is None
+        cpu.library.cache_clear()
+
     def test_a_compiler_that_fails_is_no_failed_installation(self, tmp_path):
         """The extension is optional: building it reports a warning and success."""
         root = Path(__file__).parent.parent

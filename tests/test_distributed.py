@@ -23,6 +23,8 @@ VOCABULARY = [
     "check_states_and_holds",
     "check_bytes",
     "check_refusals",
+    "check_compiled",
+    "check_groups",
 ]
 
 

@@ -303,6 +303,11 @@ class TestFirstChoices:
 class TestOldNames:
     """hold_settled and hold_correct, with a DeprecationWarning."""
 
+    def test_beside_the_new_name_they_are_refused(self):
+        """Which of the two is meant, nobody can say."""
+        with pytest.raises(ValueError, match="hold and hold_settled are both given: keep hold alone, got 'correct'"):
+            overtone_loss(torch.zeros(1, 3), torch.tensor([0]), hold="correct", hold_settled=False)
+
     VALUES = [  # noqa: RUF012
         ({"hold_settled": False}, None),
         ({"hold_settled": True}, "settled"),

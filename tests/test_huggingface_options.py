@@ -29,6 +29,12 @@ def batch(model: Any) -> dict[str, torch.Tensor]:
     return tiny_models.ragged_batch(model)
 
 
+@pytest.fixture(autouse=True)
+def no_trainer_compiles_the_next_ones_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch_compile=True stays behind in the environment, where the process's later Trainers find it."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+
+
 def foreign(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
     return outputs.logits.float().mean()
 

@@ -225,6 +225,13 @@ class TestDerivatives:
 class TestTransforms:
     """torch.func's, judged by F.cross_entropy, which the loss equals at lam=1 and epsilon=0, and by a loop."""
 
+    @pytest.mark.parametrize("epsilon", [0.0, 100.0])
+    def test_a_hold_is_refused_whether_or_not_it_is_met(self, epsilon):
+        """A transform returns a gradient whatever the values are."""
+        logits, labels = draw_tokens(12, 9)
+        with pytest.raises(ValueError, match=r"hold='settled' cannot be used inside torch\.func"):
+            torch.func.grad(lambda s: overtone_loss(s, labels, epsilon=epsilon, hold="settled"))(logits)
+
     def test_grad(self):
         logits, labels = draw_tokens(12, 9)
         labels[2] = -100

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from overtone.config import OverToneConfig
 from overtone.diagnostics import TokenStates, token_states
 from overtone.hold import read_hold
 from overtone.huggingface.loss import checked_config
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["TokenStatesCallback"]
 
@@ -40,13 +43,20 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
         stop_after_held: stop training after this many steps in a row in which nothing was left to learn: every token
             of the step settled or, where config.hold says otherwise, every micro-batch held, as the loss decides. None
             never stops. With several batches an epoch, give at least their number.
+        hold_group: as of the loss that the callback is shown.
 
     Raises:
         ValueError, TypeError: for a stop_after_held that is not a whole number of steps, 1 or more; when training
             begins, for a hold with fp16=True, whose gradient scaler fails on a step without gradients.
     """
 
-    def __init__(self, config: OverToneConfig | None = None, *, stop_after_held: int | None = None) -> None:
+    def __init__(
+        self,
+        config: OverToneConfig | None = None,
+        *,
+        stop_after_held: int | None = None,
+        hold_group: ProcessGroup | None = None,
+    ) -> None:
         config = checked_config(config)
         if stop_after_held is not None:
             if isinstance(stop_after_held, bool) or not isinstance(stop_after_held, int):
@@ -54,6 +64,7 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
             if stop_after_held < 1:
                 raise ValueError(f"stop_after_held must be 1 or more, or None, got {stop_after_held}")
         self.config = config
+        self.hold_group = hold_group
         self.stop_after_held = stop_after_held
         self._step: Tensor | None = None
         self._logged = torch.zeros(_FIELDS, dtype=torch.float64)
@@ -118,5 +129,5 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
         hold, counted = read_hold(self.config.hold), states.counted
         if not hold:
             return (counted & ~states.settled).any()
-        is_held = hold.is_met(states.kl[counted], self.config.epsilon, states.correct[counted])
+        is_held = hold.is_met(states.kl[counted], self.config.epsilon, states.correct[counted], self.hold_group)
         return torch.tensor(not is_held, device=counted.device)

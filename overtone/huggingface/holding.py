@@ -51,10 +51,10 @@ def let_shards_go(modules: Iterable[object]) -> None:
 
     They would be used again, as they are, in the next forward, past an optimiser's step in between.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
+    fsdp2 = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)  # of torch 2.6 and newer
+    if fsdp2 is not None:
         for module in modules:
-            if isinstance(module, fsdp.FSDPModule):
+            if isinstance(module, fsdp2):
                 module.reshard()
 
 

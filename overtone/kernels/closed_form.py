@@ -146,7 +146,7 @@ def sums_of_part(logits: Tensor, top: Tensor) -> Tensor:
     """`overtone.kernels.kernel.Kernel.sums` of a part ``(B, V_local)`` of rows with these tops ``(B,)``."""
     scores = logits.to(top.dtype)
     distance = scores - top.unsqueeze(1)
-    counted = distance >= -UNDERFLOW_DISTANCE
+    counted = scores >= (top - UNDERFLOW_DISTANCE).unsqueeze(1)
     count = counted.sum(dim=1).to(scores.dtype)
     mean = torch.where(counted, scores, 0).sum(dim=1) / count.clamp(min=1)
     squares = torch.where(counted, scores - mean.unsqueeze(1), 0).square().sum(dim=1)

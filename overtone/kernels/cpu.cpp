@@ -856,7 +856,8 @@ PyMODINIT_FUNC PyInit__cpu() {
   if (!created || !names) return nullptr;
   for (int64_t index = 0; index < VARIANTS.count; index++)
     PyTuple_SetItem(names, index, PyUnicode_FromString(VARIANTS.variants[index].name));
-  return PyModule_AddObject(created, "VARIANTS", names) == 0 ? created : nullptr;
+  if (PyModule_AddObject(created, "VARIANTS", names) != 0) return nullptr;
+  return PyModule_AddIntConstant(created, "INTERFACE", 1) == 0 ? created : nullptr;
 }
 
 #endif

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from functools import cache
-from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from overtone.checks import Reduction, check_labels, working_dtype
 from overtone.kernels.kernel import Clip, Fit, Target
+from overtone.torch_state import is_recorded
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +32,10 @@ def can_read(logits: Tensor) -> bool:
         and logits.dtype in _STORAGES
         and logits.layout == torch.strided
         and not logits.is_neg()
-        and not _is_traced()
+        and not is_recorded()
         and _has_memory(logits)
         and (logits.stride(1) == 1 or logits.shape[1] == 1)
     )
-
-
-def _is_traced() -> bool:
-    """Whether new tensors have no values, or a graph is recorded, which would not see what C++ does."""
-    modes = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY))
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -57,13 +51,18 @@ def _in_memory(tensor: Tensor) -> Tensor:
     return (tensor if _has_memory(tensor) else tensor.clone()).resolve_neg().contiguous()
 
 
+INTERFACE = 1
+"""Of this file with cpu.cpp, which has the same number: an older library may be there, where only Python is updated."""
+
+
 @cache
 def library() -> ModuleType | None:
-    """The compiled module, or None where it was not built."""
+    """The compiled module, or None where it was not built, or was for another version of this file."""
     try:
-        return import_module("overtone.kernels._cpu")
+        from overtone.kernels import _cpu  # type: ignore[attr-defined]
     except ImportError:
         return None
+    return _cpu if getattr(_cpu, "INTERFACE", None) == INTERFACE else None
 
 
 @cache

@@ -74,6 +74,8 @@ class ShardedKernel:
         top = self._own.highest(logits) if width else logits.new_full((rows,), -math.inf, dtype=dtype)
         self._shard.maximum(top)
 
+        # One column more than rows: where the part lies.
+        place = top.new_tensor([self._shard.start, width, 0, 0, 0, 0])
         own = top.new_zeros(6, rows)
         own[5] = -math.inf  # the label's logit where it is here
         if width:
@@ -81,7 +83,10 @@ class ShardedKernel:
             position = labels - self._shard.start
             label = logits.gather(1, position.clamp(0, width - 1).unsqueeze(1)).squeeze(1).to(dtype)
             own[5] = torch.where((position >= 0) & (position < width), label, own[5])
-        parts = self._shard.gathered(own)
+        parts = self._shard.gathered(torch.cat([own, place.unsqueeze(1)], dim=1))
+        if logits.device.type == "cpu":
+            self._shard.require_tiles(parts[:, :2, -1])
+        parts = parts[..., :-1]
         count, mean, squares = parts[0, :3]
         for other_count, other_mean, other_squares in parts[1:, :3]:
             count, mean, squares = _merged(count, mean, squares, other_count, other_mean, other_squares)

@@ -24,6 +24,7 @@ from overtone import (
     overtone_loss,
     token_states,
 )
+from overtone.token_loss import parse
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -160,8 +161,8 @@ def check_bytes(mesh: Any) -> None:
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
-    # In float32: a maximum, six sums and one more sum a token.
-    assert totals == [[4 * 4, 4 * 6 * 4, 4 * 4]] * 2, totals
+    # In float32: a maximum, six sums and one more sum a token; and six numbers that say where the part lies.
+    assert totals == [[4 * 4, (4 + 1) * 6 * 4, 4 * 4]] * 2, totals
 
 
 def check_refusals(mesh: Any) -> None:
@@ -169,6 +170,10 @@ def check_refusals(mesh: Any) -> None:
     by_rows = distribute_tensor(torch.randn(4, 8), mesh, [Shard(0)])
     with pytest.raises(ValueError, match=r"logits is a DTensor placed as .*full_tensor\(\)"):
         overtone_loss(by_rows, labels)
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    for start, size in ((0, 4), (3 * rank, 4 * ranks), (5 * rank, 5 * ranks)):  # alike, overlapping, with gaps
+        with pytest.raises(ValueError, match="must follow one another from 0 to size"):
+            overtone_loss(torch.randn(4, 4), labels, shard=VocabularyShard(start, size, mesh.get_group()))
     with pytest.raises(ValueError, match="beyond size=8"):
         overtone_loss(torch.randn(4, 8), labels, shard=VocabularyShard(1, 8))
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 8\)"):
@@ -178,16 +183,55 @@ def check_refusals(mesh: Any) -> None:
     close(overtone_loss(replicated, labels), overtone_loss(whole, labels), 0, "replicated")
 
 
+def check_compiled(mesh: Any) -> None:
+    """torch.compile breaks its graph there, and the loss is that of all parts."""
+    logits, labels = torch.randn(4, 8, generator=torch.Generator().manual_seed(5)), torch.arange(4)
+
+    def loss_of(part: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+        return overtone_loss(part * 1, labels, shard=shard)
+
+    width = -(-8 // dist.get_world_size())
+    start = min(dist.get_rank() * width, 8)
+    part, shard = logits[:, start : start + width], VocabularyShard(start, 8, mesh.get_group())
+    close(torch.compile(loss_of, backend="eager")(part, shard), overtone_loss(logits, labels), 1e-6, "compiled")
+
+
+def check_groups(mesh: Any) -> None:
+    """Each rank by itself: one holds, the others go on."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    logits = torch.tensor([[0.0, 9.0, 0.0]], requires_grad=True)
+    label = torch.tensor([1 if dist.get_rank() == 0 else 2])
+    overtone_loss(logits, label, hold="correct", hold_group=groups[dist.get_rank()]).backward()
+    assert (logits.grad is None) == (dist.get_rank() == 0)
+    logits.grad = None
+    overtone_loss(logits, label, hold="correct").backward()
+    assert logits.grad is not None, "held though another rank is not"
+    # An edit is its own process', and another process makes no such call.
+    if dist.get_rank() == 0:
+        assert parse("overtone:hold=correct").build("lora")(logits, label)[1]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for check in (check_logits, check_plain_shard, check_layer, check_states_and_holds, check_bytes, check_refusals):
+    for check in CHECKS:
         check(mesh)
         sys.stdout.write(f"{check.__name__}: rank {dist.get_rank()} of {dist.get_world_size()} agrees\n")
         sys.stdout.flush()
     dist.destroy_process_group()
 
+
+CHECKS = (
+    check_logits,
+    check_plain_shard,
+    check_layer,
+    check_states_and_holds,
+    check_bytes,
+    check_refusals,
+    check_compiled,
+    check_groups,
+)
 
 if __name__ == "__main__":
     main()
