@@ -88,7 +88,7 @@ def world_model(tmp_path_factory):
 def printed_commands():
     """The lines of the pages' shell blocks that start the command, without what stands before it."""
     blocks = [block for page in PAGES for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)]
-    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.replace("\\\n", "").splitlines()]
     found = [re.search(r"(?:^|^\S+=\S+ | -m )overtone (.*)$", line) for line in lines]
     return [match[1] for match in found if match]
 
