@@ -27,7 +27,9 @@ from overtone.hold import (
     release_when_held,
 )
 from overtone.kernels import Clip, Fit, Kernel, Target, choose
+from overtone.loss import overtone_loss
 from overtone.shard import VocabularyShard, take_layer_shard
+from overtone.torch_state import is_transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -106,6 +108,20 @@ def linear_overtone_loss(
     Raises:
         ValueError, TypeError: as `overtone_loss`, and for a weight, bias or chunk_size that does not fit.
     """
+    if is_transformed():  # by torch.func, which wants functions of one form; the logits are then held as a whole
+        return overtone_loss(
+            torch.nn.functional.linear(hidden, weight, bias),
+            labels,
+            epsilon=epsilon,
+            n_sigma=n_sigma,
+            lam=lam,
+            check=check,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            hold=hold,
+            hold_group=hold_group,
+            shard=shard,
+        )
     holding = read_hold(hold)
     check_hyperparameters(epsilon, n_sigma, lam, check)
     check_reduction(reduction, ignore_index)

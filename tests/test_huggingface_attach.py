@@ -550,3 +550,25 @@ class TestPublicNames:
     def test_reached_from_the_package(self):
         """The names that users rely on."""
         assert overtone.huggingface.attach is attach
+
+
+class TestCopiesWithoutTheirWrapper:
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_merged_model_is_copied_and_loaded(self, fused, tmp_path):
+        """The adapter that it was attached through is gone, with the hooks that were on it."""
+        import copy
+        import gc
+
+        from peft import LoraConfig, get_peft_model
+
+        wrapped = get_peft_model(tiny_models.build(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        attach(wrapped, fused=fused)
+        merged = wrapped.merge_and_unload()
+        del wrapped
+        gc.collect()
+        torch.save(merged, tmp_path / "model.pt")
+        ids = torch.arange(3, 9)[None]
+        with torch.no_grad():
+            expected = merged(input_ids=ids).logits
+            for other in (copy.deepcopy(merged), torch.load(tmp_path / "model.pt", weights_only=False)):
+                torch.testing.assert_close(other(input_ids=ids).logits, expected)

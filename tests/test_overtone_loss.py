@@ -225,6 +225,12 @@ class TestDerivatives:
 class TestTransforms:
     """torch.func's, judged by F.cross_entropy, which the loss equals at lam=1 and epsilon=0, and by a loop."""
 
+    def test_from_hidden_states(self):
+        """With the gradient of two steps."""
+        hidden, weight, labels = torch.randn(4, 8), torch.randn(11, 8), torch.arange(4)
+        own = torch.func.grad(lambda h: linear_overtone_loss(h, weight, labels))(hidden)
+        torch.testing.assert_close(own, torch.func.grad(lambda h: overtone_loss(h @ weight.t(), labels))(hidden))
+
     @pytest.mark.parametrize("epsilon", [0.0, 100.0])
     def test_a_hold_is_refused_whether_or_not_it_is_met(self, epsilon):
         """A transform returns a gradient whatever the values are."""

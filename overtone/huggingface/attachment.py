@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -59,6 +59,11 @@ class Record:
     keepers: list[nn.Module] = field(default_factory=list)
     fused_head: FusedHead | None = None
     layers: list[_Layer] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hooks of wrappers that are gone, which torch cannot copy."""
+        alive = [handle for handle in self.wrapper_hooks if handle.hooks_dict_ref() is not None]
+        return {**self.__dict__, "wrapper_hooks": alive}
 
     @property
     def can_be_held(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from overtone.huggingface.calls import Call, Calls
 from overtone.huggingface.verification import how_sharded_or_unloaded, run_on_two_tokens
@@ -23,7 +24,8 @@ class FusedHead:
     def __init__(self, model: Any, calls: Calls) -> None:
         """Hook into a model that `refuse_unfusable_model` has let pass, and whose running forwards are in calls."""
         self._calls = calls
-        self._handle = model.get_output_embeddings().register_forward_pre_hook(self._divert)
+        head = model.get_output_embeddings()
+        self._handle: RemovableHandle | None = head.register_forward_pre_hook(self._divert)
 
     def begin(self, model: Any, call: Call, inputs: dict[str, Any]) -> None:
         """Before the model's forward: expect a call of the output layer if the fused loss will be computed."""
@@ -48,7 +50,13 @@ class FusedHead:
 
     def remove(self) -> None:
         """Take the hook off."""
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hook of an output layer that is gone, which torch cannot copy."""
+        is_alive = self._handle is not None and self._handle.hooks_dict_ref() is not None
+        return {**self.__dict__, "_handle": self._handle if is_alive else None}
 
     def _divert(self, head: nn.Linear, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """Before the output layer's forward: keep its input, and leave no rows of it."""
