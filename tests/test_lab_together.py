@@ -7,10 +7,11 @@ import json
 
 import mini_lab
 import pytest
+import torch
 
 from overtone.lab.edit.families import Family, families
 from overtone.lab.edit.methods import METHODS
-from overtone.lab.model.targets import encode_targets
+from overtone.lab.model.targets import IGNORE_INDEX, TargetBatch, encode_targets
 from overtone.lab.model.workplace import Workplace
 from overtone.lab.run import together as together_module
 from overtone.lab.run.task import SequenceTask
@@ -87,6 +88,27 @@ def test_thresholds_share_one_run(workplace):
     assert {"overtone:epsilon=0.5", "overtone:epsilon=0.5+hold=settled"} in sizes
     assert sum(map(len, sizes)) == len(LOSSES)
     assert len(sizes) == 5
+
+
+@pytest.mark.parametrize("method", ["lora", "ft-m"])
+def test_a_shared_run_keeps_the_gate_of_a_hold_on_first_choices(method):
+    """A token below epsilon that is not the first choice still counts, as it does in an edit made alone."""
+    losses = [parse("overtone:epsilon=1+hold=correct,0.1"), parse("overtone:epsilon=1+hold=correct,0.2")]
+    assert len(families(losses)) == 1
+    label = 5
+    labels = torch.tensor([[IGNORE_INDEX, label]])
+    batch = TargetBatch(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long), labels)
+    logits = torch.full((1, 20), -9.0)
+    logits[0, label], logits[0, label - 1] = 0.0, 0.01
+
+    def gradient(loss):
+        leaf = logits.clone().requires_grad_()
+        loss(leaf).backward()
+        return leaf.grad
+
+    alone = gradient(lambda leaf: losses[0].build(method).mean(leaf, torch.tensor([label])))
+    assert alone.abs().sum() > 0
+    assert torch.equal(gradient(Family(losses, method).job(batch, torch.zeros(1)).objective), alone)
 
 
 def test_a_run_ends_with_the_last_of_its_losses(workplace):
