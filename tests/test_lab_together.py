@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 
 import mini_lab
 import pytest
@@ -131,6 +132,23 @@ def test_an_edit_that_fails_takes_no_other_with_it(workplace):
     records = [record for task in together(tasks, at_once=4) for made in task.perform(workplace) for record in made]
     assert [record.error is None for record in records] == [True, False, True, True]
     assert "does not continue prompt" in records[1].error
+
+
+def test_a_row_keeps_the_weights_of_its_last_edit_alone(workplace, monkeypatch):
+    earlier, alive = [], []
+
+    def fit_many(*args, **kwargs):
+        alive.append(sum(weights() is not None for weights in earlier))
+        fitted = fit(*args, **kwargs)
+        earlier.extend(weakref.ref(edit.weights) for edit in fitted)
+        return fitted
+
+    fit = together_module.fit_many
+    monkeypatch.setattr(together_module, "fit_many", fit_many)
+    (task,) = together(grid("lora", length=4, losses=["cross_entropy"]), at_once=2)
+    (records,) = task.perform(workplace)
+    assert [record.error for record in records] == [None] * 4
+    assert alive == [0, 1, 1, 1]
 
 
 def test_a_group_is_as_many_sequences_as_share_a_pass_with_all_their_losses():
