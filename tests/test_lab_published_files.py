@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 
 import pytest
 
 from overtone.lab.data.counterfact import open_counterfact
-from overtone.lab.data.wikidata import open_wikidata_counterfact, open_wikidata_recent
+from overtone.lab.data.wikidata import open_wikidata
+
+open_wikidata_recent = partial(open_wikidata, "recent")
+open_wikidata_counterfact = partial(open_wikidata, "counterfact")
 
 FLAT = {
     "case_id": 7,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 
 import mini_lab
 import pytest
+import torch
 
 from overtone.lab.edit.families import Family, families
 from overtone.lab.edit.methods import METHODS
-from overtone.lab.model.targets import encode_targets
+from overtone.lab.model.targets import IGNORE_INDEX, TargetBatch, encode_targets
 from overtone.lab.model.workplace import Workplace
 from overtone.lab.run import together as together_module
 from overtone.lab.run.task import SequenceTask
@@ -89,6 +91,27 @@ def test_thresholds_share_one_run(workplace):
     assert len(sizes) == 5
 
 
+@pytest.mark.parametrize("method", ["lora", "ft-m"])
+def test_a_shared_run_keeps_the_gate_of_a_hold_on_first_choices(method):
+    """A token below epsilon that is not the first choice still counts, as it does in an edit made alone."""
+    losses = [parse("overtone:epsilon=1+hold=correct,0.1"), parse("overtone:epsilon=1+hold=correct,0.2")]
+    assert len(families(losses)) == 1
+    label = 5
+    labels = torch.tensor([[IGNORE_INDEX, label]])
+    batch = TargetBatch(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long), labels)
+    logits = torch.full((1, 20), -9.0)
+    logits[0, label], logits[0, label - 1] = 0.0, 0.01
+
+    def gradient(loss):
+        leaf = logits.clone().requires_grad_()
+        loss(leaf).backward()
+        return leaf.grad
+
+    alone = gradient(lambda leaf: losses[0].build(method).mean(leaf, torch.tensor([label])))
+    assert alone.abs().sum() > 0
+    assert torch.equal(gradient(Family(losses, method).job(batch, torch.zeros(1)).objective), alone)
+
+
 def test_a_run_ends_with_the_last_of_its_losses(workplace):
     """Without a loss that takes all steps nothing is computed after the last hold."""
     opened = METHODS["lora"].open_many(workplace.model, METHODS["lora"].settings)
@@ -109,6 +132,23 @@ def test_an_edit_that_fails_takes_no_other_with_it(workplace):
     records = [record for task in together(tasks, at_once=4) for made in task.perform(workplace) for record in made]
     assert [record.error is None for record in records] == [True, False, True, True]
     assert "does not continue prompt" in records[1].error
+
+
+def test_a_row_keeps_the_weights_of_its_last_edit_alone(workplace, monkeypatch):
+    earlier, alive = [], []
+
+    def fit_many(*args, **kwargs):
+        alive.append(sum(weights() is not None for weights in earlier))
+        fitted = fit(*args, **kwargs)
+        earlier.extend(weakref.ref(edit.weights) for edit in fitted)
+        return fitted
+
+    fit = together_module.fit_many
+    monkeypatch.setattr(together_module, "fit_many", fit_many)
+    (task,) = together(grid("lora", length=4, losses=["cross_entropy"]), at_once=2)
+    (records,) = task.perform(workplace)
+    assert [record.error for record in records] == [None] * 4
+    assert alive == [0, 1, 1, 1]
 
 
 def test_a_group_is_as_many_sequences_as_share_a_pass_with_all_their_losses():

@@ -7,7 +7,9 @@ import json
 import pytest
 from result_records import HEADER, TRACE, record, sequence, write
 
+from overtone.lab.report.frame import load_results
 from overtone.lab.results import files
+from overtone.lab.results import folder as folder_module
 from overtone.lab.results.files import write_whole
 from overtone.lab.results.folder import EDITS, ResultsFolder
 from overtone.lab.results.folder import HEADER as HEADER_FILE
@@ -111,6 +113,28 @@ class TestHeader:
         with pytest.raises(ValueError, match=f"{HEADER_FILE} is not .*: choose another folder"):
             ResultsFolder(tmp_path).begin(header())
         assert (tmp_path / HEADER_FILE).read_text() == text
+
+    def test_a_command_that_begins_at_the_same_time_is_kept(self, tmp_path, monkeypatch):
+        """Its header is written in place of this one's, from what both had read before."""
+        ours, theirs = header(commands=[["ours"]]), header(commands=[["theirs"]], losses=["cross_entropy"])
+        texts = []
+
+        def write_and_be_replaced(path, text):
+            texts.append(text)
+            write_whole(path, text if len(texts) > 1 else json.dumps(theirs))
+
+        monkeypatch.setattr(folder_module, "write_whole", write_and_be_replaced)
+        ResultsFolder(tmp_path).begin(ours)
+        found, _ = ResultsFolder(tmp_path).read_all()
+        assert (found["commands"], found["losses"]) == ([["theirs"], ["ours"]], ["cross_entropy", "overtone"])
+
+    def test_edits_that_it_does_not_name_are_reported(self, tmp_path):
+        write(tmp_path, RECORDS)
+        ResultsFolder(tmp_path).write([record(loss="dft", method="ft-m", data="long")])
+        edits = load_results(tmp_path).edits
+        assert len(edits) == len(RECORDS) + 1
+        assert not edits[["loss", "method", "data"]].isna().any(axis=None)
+        assert list(edits["loss"].cat.categories) == ["cross_entropy", "overtone", "dft"]
 
     def test_only_one_of_several_processes_writes_it(self, tmp_path):
         ResultsFolder(tmp_path).begin(header(), is_writer=False)

@@ -28,13 +28,13 @@ from overtone.lab.model.workplace import NotRestoredError, Workplace
 from overtone.lab.results.folder import EDITS, HEADER, ResultsFolder
 from overtone.lab.run import plan, run
 from overtone.lab.run.run import Run
-from overtone.lab.run.settings import PRESETS, RunSettings, preset
-from overtone.lab.run.sharding import Shard
+from overtone.lab.run.settings import GRIDS, RunSettings, preset
+from overtone.lab.run.sharding import Rank
 from overtone.lab.run.task import SequenceTask
 from overtone.lab.score.completion import complete
 from overtone.token_loss import parse
 
-ALONE = Shard(0, 1)
+ALONE = Rank(0, 1)
 
 
 class MiniCorpus:
@@ -168,12 +168,12 @@ class TestGrid:
 
     def test_refuses_workers_under_a_launcher(self, model, corpora, tmp_path):
         with pytest.raises(ValueError, match="workers must be 1 under torchrun"):
-            Run(settings(model), tmp_path, workers=2, shard=Shard(0, 2))
+            Run(settings(model), tmp_path, workers=2, shard=Rank(0, 2))
 
 
 class TestPresets:
     def test_paper_small_has_every_loss(self):
-        grid = PRESETS["paper-small"]
+        grid = GRIDS["paper-small"]
         assert set(COMPARED) < set(grid.losses)
         assert [parse(spec).name for spec in grid.losses] == list(grid.losses)
         assert len(grid.seeds) == 3
@@ -299,7 +299,7 @@ class TestSharedPasses:
 
     def test_ranks_do_not_part_what_shares_a_pass(self, model, corpora, tmp_path):
         grid = settings(model, at_once=2, lengths=(1,), edits=4)
-        shares = [begun(grid, tmp_path, Shard(rank, 2)).left() for rank in (0, 1)]
+        shares = [begun(grid, tmp_path, Rank(rank, 2)).left() for rank in (0, 1)]
         assert [sorted({task.sequence for task in share}) for share in shares] in ([[0, 1], [2, 3]], [[2, 3], [0, 1]])
         assert all(len(share) == 4 for share in shares)
 
@@ -332,13 +332,13 @@ class TestShards:
     def test_ranks_write_what_one_process_writes(self, model, corpora, tmp_path):
         """And the first one waits for the other; a number of ranks may go on with what another number has left."""
         finish(settings(model), tmp_path / "alone")
-        made, first = finish(settings(model), tmp_path / "ranks", Shard(0, 2))
+        made, first = finish(settings(model), tmp_path / "ranks", Rank(0, 2))
         waiting = first.wait_for_others(every=0.0)
         assert next(waiting) == made < first.plan.edits
-        finish(settings(model), tmp_path / "ranks", Shard(1, 3))
+        finish(settings(model), tmp_path / "ranks", Rank(1, 3))
         left = {task.key for task in begun(settings(model), tmp_path / "ranks").left()}
         assert left == {task.key for task in first.plan.tasks if not first.results.has(task.key)}
-        finish(settings(model), tmp_path / "ranks", Shard(1, 2))
+        finish(settings(model), tmp_path / "ranks", Rank(1, 2))
         assert list(waiting)[-1] == first.plan.edits
         assert stored(tmp_path / "ranks") == stored(tmp_path / "alone")
 
@@ -481,7 +481,7 @@ class TestHelp:
         text = " ".join(capsys.readouterr().out.split())
         for names in (CORPORA, METHODS, ALGORITHMS, ARCHITECTURES):
             assert ", ".join(names) in text.replace(" or gpt2", ", gpt2")
-        assert all(f"{name}:" in text for name in PRESETS)
+        assert all(f"{name}:" in text for name in GRIDS)
 
 
 class TestMistakes:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from overtone.lab.run.sharding import Shard
+from overtone.lab.run.sharding import Rank
 
 TASKS = [(length, number) for length in (1, 10, 100) for number in range(12)]
 
 
 def shares(world_size, tasks=TASKS):
-    return [Shard(rank, world_size).share(tasks, cost=lambda task: task[0]) for rank in range(world_size)]
+    return [Rank(rank, world_size).share(tasks, cost=lambda task: task[0]) for rank in range(world_size)]
 
 
 class TestShare:
@@ -36,14 +36,14 @@ class TestShare:
 
 class TestEnvironment:
     def test_a_process_of_its_own_is_alone(self):
-        assert Shard.from_environment({}) == Shard(0, 1)
-        assert Shard.from_environment({}).is_alone
+        assert Rank.from_environment({}) == Rank(0, 1)
+        assert Rank.from_environment({}).is_alone
 
     def test_reads_what_torchrun_sets(self):
-        shard = Shard.from_environment({"RANK": "1", "WORLD_SIZE": "4"})
-        assert shard == Shard(1, 4)
+        shard = Rank.from_environment({"RANK": "1", "WORLD_SIZE": "4"})
+        assert shard == Rank(1, 4)
         assert not shard.is_alone
 
     def test_refuses_a_rank_that_cannot_be(self):
         with pytest.raises(ValueError, match="rank must be from 0 to world_size - 1, got 4 of 4"):
-            Shard(4, 4)
+            Rank(4, 4)

@@ -11,7 +11,7 @@ from overtone.lab.data.corpus import Corpus
 from overtone.lab.data.counterfact import open_counterfact
 from overtone.lab.data.knowedit import open_wikibio, open_zsre
 from overtone.lab.data.mquake import open_mquake
-from overtone.lab.data.wikidata import open_wikidata_counterfact, open_wikidata_recent
+from overtone.lab.data.wikidata import open_wikidata
 from overtone.lab.data.world_corpus import open_world
 from overtone.lab.registry import look_up
 
@@ -39,8 +39,8 @@ CORPORA: Mapping[str, Source] = {
     "wikibio": Source("WikiBio", open_wikibio, is_file=True),
     "mquake": Source("MQuAKE", open_mquake, is_file=True),
     "counterfact": Source("CounterFact", open_counterfact, is_file=True),
-    "wikidata_recent": Source("WikiData recent", open_wikidata_recent, is_file=True),
-    "wikidata_counterfact": Source("WikiData counterfact", open_wikidata_counterfact, is_file=True),
+    "wikidata_recent": Source("WikiData recent", partial(open_wikidata, "recent"), is_file=True),
+    "wikidata_counterfact": Source("WikiData counterfact", partial(open_wikidata, "counterfact"), is_file=True),
 }
 """By name. The worlds have short targets, long ones, and edits judged on facts with several answers."""
 
@@ -52,8 +52,8 @@ def open_corpus(name: str, *, seed: int, path: Path | None = None, size: int | N
         name: a key of `CORPORA`.
         seed: of the world, or of the choice of records from a file.
         path: the published file; worlds have none.
-        size: how many records of the file to use, all of which a small model has to learn; by default as many as one
-            learns in minutes. Worlds have none.
+        size: how many records of the file to use, all of which a small model has to learn; by default the
+            corpus' own number. Worlds have none.
 
     Raises:
         ValueError: an unknown name, a path or size for a world, no path for a file, a size that the file does not

@@ -20,11 +20,19 @@ PORTABILITY = ("Logical_Generalization", "Reasoning", "Subject_Aliasing")
 LOCALITY = ("Relation_Specificity", "Forgetfulness")
 
 
-def open_wikidata_recent(path: Path, *, seed: int, size: int = 100) -> KnowEditCorpus:
-    """WikiData recent: facts newer than most models, which replace no answer that the file names.
+_FIELDS = {
+    "recent": ("subject", "prompt", "target_new"),
+    "counterfact": ("subject", "prompt", "target_new", "ground_truth"),
+}
+
+
+def open_wikidata(part: str, path: Path, *, seed: int, size: int = 100) -> KnowEditCorpus:
+    """A part of KnowEdit's WikiData.
 
     Args:
-        path: ``recent_test.json`` or a file like it.
+        part: "recent", facts newer than most models, which replace no answer that the file names; or "counterfact",
+            facts with another object, where "Forgetfulness" asks a relation's other objects.
+        path: ``recent_test.json``, ``test_cf.json`` or a file like it.
         seed: of the choice of records.
         size: how many.
 
@@ -32,27 +40,9 @@ def open_wikidata_recent(path: Path, *, seed: int, size: int = 100) -> KnowEditC
         ValueError: the file is not as published, or has fewer records.
         OSError: it cannot be read.
     """
-    return _open("wikidata_recent", path, ("subject", "prompt", "target_new"), seed, size)
-
-
-def open_wikidata_counterfact(path: Path, *, seed: int, size: int = 100) -> KnowEditCorpus:
-    """WikiData counterfact: facts with another object; "Forgetfulness" asks a relation's other objects.
-
-    Args:
-        path: ``test_cf.json`` or a file like it.
-        seed: of the choice of records.
-        size: how many.
-
-    Raises:
-        ValueError: the file is not as published, or has fewer records.
-        OSError: it cannot be read.
-    """
-    return _open("wikidata_counterfact", path, ("subject", "prompt", "target_new", "ground_truth"), seed, size)
-
-
-def _open(name: str, path: Path, fields: tuple[str, ...], seed: int, size: int) -> KnowEditCorpus:
-    records = sample(read_records(path, fields), size, seed=seed, path=path)
-    return KnowEditCorpus(name, [KnowEditCase(_edit(record), ()) for record in records], WIKIDATA_RECIPE, seed=seed)
+    records = sample(read_records(path, _FIELDS[part]), size, seed=seed, path=path)
+    cases = [KnowEditCase(_edit(record), ()) for record in records]
+    return KnowEditCorpus(f"wikidata_{part}", cases, WIKIDATA_RECIPE, seed=seed)
 
 
 def _edit(record: Record) -> Edit:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from overtone.functional import ground_truth_check
-from overtone.hold import NEVER
 from overtone.lab.edit.many import FittedEdit, Job, Snapshot, target_job
 from overtone.lab.model.targets import IGNORE_INDEX, TargetBatch
 from overtone.token_loss import LossSpec
@@ -51,10 +49,13 @@ class Family:
         @torch.no_grad()
         def held(_: float, logits: Tensor) -> list[str]:
             distance, correct = distance_of(logits, labels), ground_truth_check(logits, labels)
-            return [n for n, loss in self._losses.items() if loss.hold.is_met(distance, loss.epsilon, correct)]
+            return [n for n, loss in self._losses.items() if loss.hold.is_met_here(distance, loss.epsilon, correct)]
+
+        def mean_unheld(logits: Tensor, labels: Tensor) -> Tensor:
+            return first(logits, labels, may_hold=False)[0].mean()
 
         # A loss without a hold never is, and so takes all steps.
-        return target_job(batch, replace(first, hold=NEVER).mean, start, watch=held, until=self._losses)
+        return target_job(batch, mean_unheld, start, watch=held, until=self._losses)
 
     def results(self, fitted: FittedEdit) -> dict[str, tuple[Snapshot, str]]:
         """For each loss, the weights with which its edit ends, and how it ends."""

@@ -65,7 +65,10 @@ def load_results(folder: Path, *, losses: Collection[str] = (), seeds: Collectio
             left_out += [f"{name} {value}" for value in edits[name].unique() if value not in asked]
             edits = edits[edits[name].isin(asked)]
     for name, order in (("data", "data"), ("method", "methods"), ("loss", "losses")):
-        known = [value for value in header[order] if value in set(edits[name])]
+        # The header of a run that is still being written to may lack what its records have.
+        found = set(edits[name])
+        known = [value for value in header[order] if value in found]
+        known += sorted(found.difference(known))
         edits[name] = pd.Categorical(edits[name], known, ordered=True)
     edits = edits.sort_values([*BLOCK, "loss", "seed", "index"], ignore_index=True)
     questions = dict.fromkeys(name for record in records for name in record.answers)

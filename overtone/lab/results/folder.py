@@ -40,12 +40,15 @@ class ResultsFolder:
             OSError: the folder cannot be made or written to.
         """
         path = self.folder / HEADER
-        header = json.loads(json.dumps(header))
-        if path.exists():
-            header = merged(_read(path, dict), header, path)
+        now = json.loads(json.dumps(header))
+        wanted = merged(_read(path, dict), now, path) if path.exists() else now
         self._edits.mkdir(parents=True, exist_ok=True)
-        if is_writer:
-            write_whole(path, json.dumps(header, indent=1) + "\n")
+        if not is_writer:
+            return
+        # Another command may have written meanwhile, in place of this: then both are merged once more.
+        while not path.exists() or _read(path, dict) != wanted:
+            write_whole(path, json.dumps(wanted, indent=1) + "\n")
+            wanted = merged(_read(path, dict), now, path)
 
     def has(self, key: SequenceKey) -> bool:
         """Whether a sequence is finished."""

@@ -23,7 +23,7 @@ from overtone.lab.results.folder import ResultsFolder
 from overtone.lab.results.header import FORMAT
 from overtone.lab.run.plan import HELD_OUT_TEXTS, Plan, held_out_texts, make_plan, path_of, size_of
 from overtone.lab.run.settings import RunSettings
-from overtone.lab.run.sharding import Shard
+from overtone.lab.run.sharding import Rank
 from overtone.lab.run.task import SequenceTask
 from overtone.lab.run.together import TogetherTask, together
 from overtone.lab.run.workers import one_thread, perform_all
@@ -33,7 +33,7 @@ from overtone.lab.score.perplexity import perplexity
 class Run:
     """A grid of edits in an output folder."""
 
-    def __init__(self, settings: RunSettings, out: Path, *, workers: int = 1, shard: Shard | None = None) -> None:
+    def __init__(self, settings: RunSettings, out: Path, *, workers: int = 1, shard: Rank | None = None) -> None:
         """Check everything that can be checked before anything takes time.
 
         Args:
@@ -48,7 +48,7 @@ class Run:
             OSError: a file cannot be read, or the folder cannot be made or written to.
         """
         self.settings = settings
-        self.shard = shard or Shard.from_environment()
+        self.shard = shard or Rank.from_environment()
         self.results = ResultsFolder(out)
         self._workers = workers
         self._source: ModelSource = (
@@ -207,4 +207,4 @@ def _machine() -> str:
 def default_workers(settings: RunSettings) -> int:
     """Processes: two on the CPU, one where a GPU does the work or the ranks of a launcher share it."""
     on_gpu = settings.model is not None and default_device() != "cpu"
-    return 1 if on_gpu or not Shard.from_environment().is_alone else min(2, os.cpu_count() or 1)
+    return 1 if on_gpu or not Rank.from_environment().is_alone else min(2, os.cpu_count() or 1)

@@ -34,7 +34,7 @@ class RunSettings:
         changes: of the methods' other settings, by the names of `overtone.lab.edit.methods.MethodSettings`. Each method
             takes those that it has.
         at_once: how many edits of the lab's own methods share a pass. From 2 on only what needs no generation is
-            measured, which is what a large model can be asked in minutes. None: 8 for a named model, else 1.
+            measured, which is much less for a large model. None: 8 for a named model, else 1.
         only_known: edit only facts whose old answer the model begins with, after the edit's own prompt.
         dtype: of the weights of a named model, such as "bfloat16"; None: float32 on the CPU, elsewhere as stored.
     """
@@ -64,7 +64,7 @@ class RunSettings:
 
 _BEYOND_THE_PAPER = ("overtone:lam=0.5+hold=correct,0.1", "overtone:lam=0.5+hold=correct,0.2")
 
-PRESETS: Mapping[str, RunSettings] = {
+GRIDS: Mapping[str, RunSettings] = {
     "demo": RunSettings(),
     "quick": RunSettings(losses=("cross_entropy", "cross_entropy:hold=0.1", "overtone:hold=settled"), lengths=(1, 10)),
     "paper-small": RunSettings(
@@ -74,8 +74,8 @@ PRESETS: Mapping[str, RunSettings] = {
         lengths=(1, 10, 100),
     ),
 }
-"""Single edits with the named losses on one small world, in three minutes; two methods and three losses, singly and in
-rows of 10, in as many; every loss on three worlds with three seeds, in some hours on two cores.
+"""Single edits with the named losses on one small world; two methods and three losses, singly and in rows of 10; every
+loss on three worlds with three seeds.
 
 The published data join a preset's where their files are given."""
 
@@ -84,7 +84,7 @@ def preset(name: str, *, paths: Mapping[str, str], **changes: Any) -> RunSetting
     """The settings of a preset with some of them changed.
 
     Args:
-        name: key in `PRESETS`.
+        name: key in `GRIDS`.
         paths: the published files; each adds its corpus to the data.
         **changes: fields of `RunSettings`. Lengths that are asked for must fit every corpus; a preset's own are left
             out where they do not.
@@ -92,7 +92,7 @@ def preset(name: str, *, paths: Mapping[str, str], **changes: Any) -> RunSetting
     Raises:
         ValueError: an unknown name.
     """
-    (settings,) = look_up(PRESETS, "preset", [name])
+    (settings,) = look_up(GRIDS, "preset", [name])
     # What a named model knows of an invented world is nothing.
     worlds = () if changes.get("model") and paths else settings.data
     data = tuple(dict.fromkeys((*changes.pop("data", worlds), *paths)))

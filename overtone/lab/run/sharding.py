@@ -1,7 +1,7 @@
 """One run of several processes on one or several machines, as `torchrun` and `accelerate launch` start them.
 
-Every rank takes its share of the tasks. The ranks meet in the output folder alone, without a process group, since a
-loss that holds its steps cannot be used under one.
+Every rank takes its share of the tasks. The ranks meet in the output folder alone: a task belongs to one of them, so
+there is nothing for a process group to exchange.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Task = TypeVar("Task")
 
 
 @dataclass(frozen=True)
-class Shard:
+class Rank:
     """One of ``world_size`` processes, the one with number ``rank``.
 
     Raises:
@@ -32,8 +32,8 @@ class Shard:
             raise ValueError(f"rank must be from 0 to world_size - 1, got {self.rank} of {self.world_size}")
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Shard:
-        """The shard that RANK and WORLD_SIZE name; the only one where they are not set."""
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Rank:
+        """The one that RANK and WORLD_SIZE name; the only one where they are not set."""
         return cls(int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1)))
 
     @property

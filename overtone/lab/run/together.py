@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from overtone.lab.data.edit import Edit
 from overtone.lab.edit.families import Family, families
@@ -23,8 +24,8 @@ from overtone.token_loss import parse
 
 logger = logging.getLogger(__name__)
 
-_Made = tuple[Snapshot, str, float]
-"""The weights after an edit, how it ended, and its seconds."""
+_Made = tuple[int, str, float]
+"""The steps of an edit, how it ended, and its seconds."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +67,27 @@ class TogetherTask:
         first = self.tasks[0]
         assert first.settings is not None
         opened = _open(workplace, first.method, first.settings)
-        fitted: dict[SequenceKey, list[_Made]] = {task.key: [] for task in self.tasks}
+        made: dict[SequenceKey, list[_Made]] = {task.key: [] for task in self.tasks}
+        weights: dict[SequenceKey, Tensor] = {}
         for position in range(first.length):
-            for task, made in self._fit(workplace, opened, position, fitted):
-                fitted[task.key].append(made)
+            for task, snapshot, ended, seconds in self._fit(workplace, opened, position, weights):
+                made[task.key].append((snapshot.steps, ended, seconds))
+                weights[task.key] = snapshot.weights
         examined = []
         for task in self.tasks:
             exams = _examine(workplace, task.method, first.settings, task.edits)
-            examined += [(exam, fitted[task.key][-1][0].weights) for exam in exams]
+            examined += [(exam, weights[task.key]) for exam in exams]
         scores = iter(score_many(workplace.model, opened, examined))
         return [
             [
                 task.record(
                     position,
                     scores=with_finite_kl(next(scores).summary()),
-                    steps=snapshot.steps,
+                    steps=steps,
                     ended=ended,
                     seconds=seconds,
                 )
-                for position, (snapshot, ended, seconds) in enumerate(fitted[task.key])
+                for position, (steps, ended, seconds) in enumerate(made[task.key])
             ]
             for task in self.tasks
         ]
@@ -94,16 +97,16 @@ class TogetherTask:
         workplace: Workplace,
         opened: OpenedWeights,
         position: int,
-        fitted: dict[SequenceKey, list[_Made]],
-    ) -> Iterator[tuple[SequenceTask, _Made]]:
-        """Make the edits at one place of all sequences."""
+        weights: dict[SequenceKey, Tensor],
+    ) -> Iterator[tuple[SequenceTask, Snapshot, str, float]]:
+        """Make the edits at one place of all sequences, of which the weights so far are given."""
         settings = self.tasks[0].settings
         assert settings is not None
         runs, jobs = [], []
         for tasks in self._sharing(position):
             task = next(iter(tasks.values()))
             family = Family((parse(name) for name in tasks), task.method)
-            start = fitted[task.key][-1][0].weights if position else opened.start(task.first_index)
+            start = weights[task.key] if position else opened.start(task.first_index)
             batch = encode_targets(workplace.tokenizer, task.edits[position].pairs, workplace.model.device)
             # Adam's steps would vanish in the rounding of half-precision weights.
             jobs.append(family.job(batch, start.float() if start.dtype.itemsize < 4 else start))
@@ -111,7 +114,7 @@ class TogetherTask:
         made = fit_many(workplace.model, opened, jobs, steps=settings.steps, lr=settings.lr, at_once=self.at_once)
         for (family, tasks), edit in zip(runs, made, strict=True):
             for name, (snapshot, ended) in family.results(edit).items():
-                yield tasks[name], (snapshot, ended, _seconds(edit, snapshot))
+                yield tasks[name], snapshot, ended, _seconds(edit, snapshot)
 
     def _sharing(self, position: int) -> Iterator[dict[str, SequenceTask]]:
         """Tasks by loss, in groups that can share a run: after the first edit their weights are no longer the same."""

@@ -20,7 +20,7 @@ from overtone.lab.edit.many import OpenedWeights, target_texts
 from overtone.lab.model.positions import Capture, Text, logits_at
 from overtone.lab.model.targets import encode_targets
 from overtone.lab.score.answers import normalised
-from overtone.lab.score.scores import MEASURES, Scores, kl_divergence, sequence_probability
+from overtone.lab.score.scores import MEASURES, Scores, kl_divergence, sequence_probability, what_to_ask
 
 
 @dataclass(frozen=True)
@@ -156,13 +156,7 @@ def examine_many(model: Any, tokenizer: Any, opened: OpenedWeights, edits: Itera
 
 
 def _examine(model: Any, tokenizer: Any, opened: OpenedWeights, edit: Edit) -> Exam:
-    rewrite = Probe(edit.prompt, edit.target_new, "rewrite", edit.target_new.strip())
-    groups = ((rewrite,), edit.generality, edit.portability, edit.locality)
-    probes = tuple(probe for group in groups for probe in group)
-    measures = tuple(measure for measure, group in zip(MEASURES, groups, strict=True) for _ in group)
-    pairs = [(probe.prompt, probe.target) for probe in probes]
-    if edit.target_old:
-        pairs.append((edit.prompt, edit.target_old))
+    probes, measures, pairs = what_to_ask(edit)
     batch = encode_targets(tokenizer, pairs, model.device)
     texts = tuple(target_texts(batch))
     kept = [text for text, measure in zip(texts, measures, strict=False) if measure == "loc"]

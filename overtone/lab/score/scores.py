@@ -77,13 +77,10 @@ class Examination:
     max_new_tokens: int
 
 
-def examine(model: Any, tokenizer: Any, edit: Edit) -> Examination:
-    """Tokenise the probes of an edit and record the unedited model's predictions and completions.
+def what_to_ask(edit: Edit) -> tuple[tuple[Probe, ...], tuple[str, ...], list[tuple[str, str]]]:
+    """The probes of an edit, the measure that each counts towards, and (prompt, target) of each text.
 
-    Args:
-        model: the unedited model, in evaluation mode.
-        tokenizer: its tokenizer.
-        edit: what will be edited; the edited prompt is the first probe.
+    The edited prompt is the first probe; with the old target, where the edit names one, it is also the last text.
     """
     rewrite = Probe(edit.prompt, edit.target_new, "rewrite", edit.target_new.strip())
     groups = ((rewrite,), edit.generality, edit.portability, edit.locality)
@@ -92,6 +89,18 @@ def examine(model: Any, tokenizer: Any, edit: Edit) -> Examination:
     pairs = [(probe.prompt, probe.target) for probe in probes]
     if edit.target_old:
         pairs.append((edit.prompt, edit.target_old))
+    return probes, measures, pairs
+
+
+def examine(model: Any, tokenizer: Any, edit: Edit) -> Examination:
+    """Tokenise the probes of an edit and record the unedited model's predictions and completions.
+
+    Args:
+        model: the unedited model, in evaluation mode.
+        tokenizer: its tokenizer.
+        edit: what will be edited; the edited prompt is the first probe.
+    """
+    probes, measures, pairs = what_to_ask(edit)
     batch = encode_targets(tokenizer, pairs, model.device)
     # Room for the closing full stop and the end-of-sequence token: an answer that runs on is not an exact match.
     max_new_tokens = max(map(len, batch.targets)) + 2

@@ -6,7 +6,7 @@ from typing import Any
 
 from overtone.token_loss import LossSpec
 
-PRESETS = {"FT": "ft-m", "LoRA": "lora", "MELO": "melo", "WISE": "wise"}
+OVERTONE_METHODS = {"FT": "ft-m", "LoRA": "lora", "MELO": "melo", "WISE": "wise"}
 """EasyEdit's name of each method whose loss can be replaced, and whose values of the paper it takes."""
 
 
@@ -28,7 +28,7 @@ def token_loss(alg_name: str, loss: LossSpec) -> dict[str, Any] | None:
     """
     if loss.name == "cross_entropy":
         return None
-    if alg_name not in PRESETS:
+    if alg_name not in OVERTONE_METHODS:
         raise ValueError(
             f"{alg_name} cannot minimise {loss.name!r}: it optimises its value vector by a cross-entropy of its own; "
             "use the loss cross_entropy for it"

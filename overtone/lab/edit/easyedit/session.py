@@ -20,7 +20,7 @@ from overtone.lab.data.edit import Edit
 from overtone.lab.edit.easyedit import process
 from overtone.lab.edit.easyedit.algorithms import ALGORITHMS, Algorithm, require_easyedit
 from overtone.lab.edit.easyedit.hparams import edited_weights, make_hparams, most_steps
-from overtone.lab.edit.easyedit.losses import PRESETS, token_loss
+from overtone.lab.edit.easyedit.losses import OVERTONE_METHODS, token_loss
 from overtone.lab.edit.easyedit.rows import RowByRow
 from overtone.lab.edit.easyedit.statistics import answer_for_statistics
 from overtone.lab.edit.fit import FitTrace
@@ -51,7 +51,7 @@ def open_easyedit_session(
         raise ValueError(f"texts must hold what the model knows for method {method!r}, got {texts!r}")
     require_easyedit(method)
     process.import_quietly()
-    trainer = algorithm.alg_name if algorithm.alg_name in PRESETS else None
+    trainer = algorithm.alg_name if algorithm.alg_name in OVERTONE_METHODS else None
     with (
         process.apart(trainer) as patches,
         tempfile.TemporaryDirectory() as folder,
@@ -182,7 +182,7 @@ class EasyEditSession:
     def _ended(self, steps: int, calls: int, loss: LossSpec) -> str:
         if steps >= calls * most_steps(self._hparams):
             return "steps"
-        method = PRESETS.get(self._algorithm.alg_name)
+        method = OVERTONE_METHODS.get(self._algorithm.alg_name)
         return "held" if method is not None and loss.build(method).hold else "stopped"
 
     def _seed_now(self) -> int:
