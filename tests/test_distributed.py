@@ -15,7 +15,7 @@ import pytest
 
 SCRIPTS = Path(__file__).parent / "distributed"
 HELD = ["ddp", "ddp_attached", "fsdp2_attached", "fsdp2_computed", "trainer"]
-HELD_TOO = ["ddp_unused", "ddp_views", "fsdp2_plain", "accelerator"]
+HELD_TOO = ["ddp_compiled", "ddp_unused", "ddp_views", "fsdp2_plain", "accelerator"]
 VOCABULARY = [
     "check_logits",
     "check_plain_shard",

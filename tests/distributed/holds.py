@@ -96,6 +96,11 @@ def ddp(model: Any, own: torch.Tensor, optimizer: Any, **settings: Any) -> None:
     steps(wrapped, own, plain_loss, optimizer(wrapped.parameters(), LR), accumulates=True)
 
 
+def ddp_compiled(model: Any, own: torch.Tensor, optimizer: Any) -> None:
+    wrapped = DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+    steps(wrapped, own, plain_loss, optimizer(wrapped.parameters(), LR), accumulates=True)
+
+
 def ddp_attached(model: Any, own: torch.Tensor, optimizer: Any) -> None:
     wrapped = DistributedDataParallel(model)
     with attach(wrapped, CONFIG):
@@ -185,6 +190,7 @@ ENGINES: dict[str, Callable[[Any, torch.Tensor, Any], None]] = {
     "ddp": ddp,
     "ddp_unused": lambda *arguments: ddp(*arguments, find_unused_parameters=True),
     "ddp_views": lambda *arguments: ddp(*arguments, gradient_as_bucket_view=True),
+    "ddp_compiled": ddp_compiled,
     "ddp_attached": ddp_attached,
     "fsdp2_attached": fsdp2_attached,
     "fsdp2_plain": fsdp2_plain,
