@@ -103,10 +103,12 @@ class TestOtherLosses:
         with pytest.raises(ValueError, match=r"compute_loss_func=<function foreign.*takes the place"):
             trained_gradients(model, arguments(tmp_path), batch, compute_loss_func=foreign)
 
-    def test_a_trainer_with_a_loss_of_its_own_is_refused(self, model, batch, tmp_path):
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_a_trainer_with_a_loss_of_its_own_is_refused(self, model, batch, compiled, tmp_path):
         """It calls the model without labels."""
         attach(model, CONSTANT)
-        trainer = OwnLoss(model=model, args=arguments(tmp_path), train_dataset=rows(batch))
+        args = arguments(tmp_path, torch_compile=compiled, torch_compile_backend="eager" if compiled else None)
+        trainer = OwnLoss(model=model, args=args, train_dataset=rows(batch))
         with pytest.raises(RuntimeError, match="OwnLoss calls LlamaForCausalLM without labels"):
             trainer.train()
 

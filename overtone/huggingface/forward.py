@@ -50,6 +50,8 @@ class WatchedForward:
         is_trained = torch.is_grad_enabled()
         if is_trained and not torch.compiler.is_compiling():
             _refuse_callers(self.model, record, has_labels=labels is not None)
+        elif is_trained and labels is None and self.model.training:
+            _refuse_callers_outside_the_graph(self.model, record, has_labels=False)
         if kwargs.get("loss_mask") is not None:
             kwargs = _with_whole_mask(kwargs)
         if labels is not None and can_be_asked_for_logits(self.forward):
@@ -184,6 +186,10 @@ def _refuse_callers(model: nn.Module, record: Record, *, has_labels: bool) -> No
     for frame in calling_frames():
         if frame.f_code.co_name in ("forward", "_cpt_forward") and frame.f_globals["__name__"].startswith("peft."):
             refuse_wrapper(frame.f_locals.get("self"), model, can_be_held=record.can_be_held)
+
+
+# Callers cannot be seen from inside a graph, so it breaks here: only where a model is trained without labels.
+_refuse_callers_outside_the_graph = torch.compiler.disable(_refuse_callers)
 
 
 def refuse_wrapper(wrapper: Any, model: nn.Module, *, can_be_held: bool) -> None:
