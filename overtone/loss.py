@@ -98,6 +98,7 @@ def overtone_loss(
 
         settings = {"epsilon": epsilon, "n_sigma": n_sigma, "lam": lam, "check": check, "hold": hold}
         others = {"ignore_index": ignore_index, "reduction": reduction, "hold_group": hold_group, "shard": shard}
+        settings["reference_logits"] = reference_logits  # refused there, as without torch.compile
         outside: Tensor = call_outside(overtone_loss, logits, labels, **settings, **others)
         return outside
     logits, labels, shard = take_shard(logits, labels, shard)
