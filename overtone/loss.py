@@ -96,7 +96,7 @@ def overtone_loss(
     if torch.compiler.is_compiling() and (shard is not None or as_dtensor(logits) is not None):
         from overtone.kernels.graph import call_outside  # imported while it traces, with much of the compiler
 
-        settings = {"epsilon": epsilon, "n_sigma": n_sigma, "lam": lam, "check": check, "hold": hold}
+        settings: dict[str, Any] = {"epsilon": epsilon, "n_sigma": n_sigma, "lam": lam, "check": check, "hold": hold}
         others = {"ignore_index": ignore_index, "reduction": reduction, "hold_group": hold_group, "shard": shard}
         settings["reference_logits"] = reference_logits  # refused there, as without torch.compile
         outside: Tensor = call_outside(overtone_loss, logits, labels, **settings, **others)
