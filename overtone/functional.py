@@ -25,12 +25,12 @@ from overtone.checks import (
 )
 from overtone.hold import (
     HoldValue,
-    accepts_old_names,
     is_settled,
     read_hold,
     refuse_hold_in_graph,
     release_when_held,
 )
+from overtone.old_hold_names import accepts_old_names
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -19,12 +19,12 @@ from overtone.derivatives import raise_for_second_derivative, refuse_forward_mod
 from overtone.functional import reference_loss
 from overtone.hold import (
     HoldValue,
-    accepts_old_names,
     read_hold,
     refuse_hold_in_graph,
     release_when_held,
 )
 from overtone.kernels import Clip, Kernel, Target, choose
+from overtone.old_hold_names import accepts_old_names
 from overtone.shard import VocabularyShard, as_dtensor, refuse_reference_with_shard, take_shard
 from overtone.torch_state import is_transformed
 
