@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from overtone.anchor import AnchorValue, read_anchors
 from overtone.checks import (
     Reduction,
     check_hyperparameters,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = [
+    "anchored_kl",
     "build_target",
     "clipped_kl",
     "finite_std",
@@ -193,6 +195,28 @@ def algorithm_1(
     return clipped_kl(target, logits, epsilon)
 
 
+def merge_others(probabilities: Tensor, ids: Tensor) -> Tensor:
+    """Probabilities ``(..., k + 1)`` of the tokens in ids ``(..., k)`` and, last, of all others together."""
+    others = probabilities.scatter(-1, ids, 0).sum(dim=-1, keepdim=True)
+    return torch.cat([probabilities.gather(-1, ids), others], dim=-1)
+
+
+def anchored_kl(logits: Tensor, unedited_log_probs: Tensor, ids: Tensor | None, epsilon: float) -> Tensor:
+    """``max(KL(pi_0 || softmax(logits)), epsilon)``: how far a position has moved that was to stay.
+
+    Args:
+        logits: ``(..., V)``, float32 or float64.
+        unedited_log_probs: log pi_0, ``(..., V)``; or ``(..., k + 1)``, of the tokens in ids and all others together.
+        ids: ``(..., k)``; the KL is then that of k + 1 classes.
+        epsilon: as in `clipped_kl`.
+
+    Returns:
+        ``(...)``, in nats.
+    """
+    class_logits = logits if ids is None else merge_others(logits.softmax(dim=-1), ids).log()
+    return clipped_kl(unedited_log_probs.exp(), class_logits, epsilon)
+
+
 @accepts_old_names
 def reference_loss(
     logits: Tensor,
@@ -207,6 +231,9 @@ def reference_loss(
     reduction: Reduction = "mean",
     hold: HoldValue = None,
     hold_group: ProcessGroup | None = None,
+    anchors: AnchorValue = None,
+    anchor: float = 0.0,
+    anchor_epsilon: float = 0.05,
 ) -> Tensor:
     """The OverTone loss by its definition, for readers and for tests; arguments as in `overtone.overtone_loss`.
 
@@ -217,6 +244,15 @@ def reference_loss(
     check_reduction(reduction, ignore_index)
     check_tensors(logits, labels, reference_logits)
     refuse_hold_in_graph(holding)
+    groups = read_anchors(
+        anchors,
+        anchor,
+        anchor_epsilon,
+        labels=labels,
+        vocabulary=logits.shape[-1],
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
     token_logits, token_labels = flatten_tokens(logits, labels)
     if logits.device.type == "cpu":  # elsewhere a synchronisation
         check_labels(token_labels, logits.shape[-1], ignore_index)
@@ -237,7 +273,14 @@ def reference_loss(
     correct = ground_truth_check(scores.detach(), truth) if holding.correct else None
     settled = counted & is_settled(kl, epsilon, correct)
     loss = reduce_tokens(torch.where(settled, epsilon, kl), counted, reduction)
+    moved = kl.new_zeros(())
+    for group in groups:
+        own = token_logits[group.at.reshape(-1)].to(scores.dtype)
+        unclipped = anchored_kl(own, group.log_probs.to(own.dtype), group.ids, epsilon=0)
+        clipped = anchored_kl(own, group.log_probs.to(own.dtype), group.ids, anchor_epsilon)
+        loss = loss + anchor * group.weight * reduce_tokens(clipped, torch.ones_like(clipped), reduction)
+        moved += ~(unclipped.detach().sum() <= anchor_epsilon * len(group))
     if holding:
         waits_for = None if correct is None else correct[counted]
-        loss = release_when_held(loss, kl.detach()[counted], epsilon, holding, waits_for, hold_group)
+        loss = release_when_held(loss, kl.detach()[counted], epsilon, holding, waits_for, hold_group, moved)
     return loss.reshape(labels.shape) if reduction == "none" else loss
