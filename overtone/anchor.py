@@ -139,9 +139,9 @@ def read_anchors(
     anchors: AnchorValue,
     anchor: float,
     anchor_epsilon: float,
-    *,
     labels: Tensor,
     vocabulary: int,
+    *,
     ignore_index: int,
     reduction: str,
 ) -> tuple[Anchors, ...]:

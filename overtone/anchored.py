@@ -79,13 +79,15 @@ def anchored_rows(groups: tuple[Anchors, ...], anchor: float, anchor_epsilon: fl
     return AnchoredRows(groups, factors, float(anchor_epsilon))
 
 
-def anchored_term(logits: Tensor, rows: AnchoredRows) -> tuple[Tensor, AnchoredTerm]:
+def anchored_term(logits: Tensor, rows: AnchoredRows) -> tuple[Tensor, AnchoredTerm | None]:
     """The anchored term of logits ``(N, V)``.
 
     Returns:
-        The logits, for the targets' loss, and the term. In the backward pass the term adds its gradient, in place, to
-        the one that comes to these logits: there is no second one of their size.
+        The logits, for the targets' loss, and the term, None without groups. In the backward pass the term adds its
+        gradient, in place, to the one that comes to these logits: there is no second one of their size.
     """
+    if not rows.groups:
+        return logits, None
     if is_transformed():  # by torch.func, which wants functions of one form
         scores = logits.to(working_dtype(logits))[rows.numbers]
         split = scores.split([len(group) for group in rows.groups])

@@ -15,7 +15,7 @@ from overtone.derivatives import refuse_second_derivative
 
 def anchored_layer_term(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: AnchoredRows, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor | None, AnchoredTerm]:
+) -> tuple[Tensor, Tensor, Tensor | None, AnchoredTerm | None]:
     """The anchored term of ``hidden @ weight.T + bias``.
 
     Args:
@@ -26,9 +26,11 @@ def anchored_layer_term(
         chunk_size: rows whose logits are held at once.
 
     Returns:
-        hidden, weight and bias, for the targets' loss, and the term, which adds its gradients in place to those that
-        come to these three.
+        hidden, weight and bias, for the targets' loss, and the term, None without groups. In the backward pass it adds
+        its gradients, in place, to those that come to these three.
     """
+    if not rows.groups:
+        return hidden, weight, bias, None
     is_trained = torch.is_grad_enabled()
     hidden, weight, bias, loss, moved = _AnchoredLayer.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, rows, chunk_size, is_trained

@@ -7,7 +7,6 @@ Source: Liu et al., "Mitigating Heterogeneous Token Overfitting in LLM Knowledge
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,20 +20,10 @@ from overtone.checks import (
     check_reduction,
     check_tensors,
     flatten_tokens,
-    reduce_tokens,
     working_dtype,
 )
-from overtone.hold import (
-    HoldValue,
-    is_settled,
-    read_hold,
-    refuse_hold_in_graph,
-    release_when_held,
-)
+from overtone.hold import Hold, HoldValue, read_hold, refuse_hold_in_graph
 from overtone.old_hold_names import accepts_old_names
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = [
     "anchored_kl",
@@ -49,7 +38,10 @@ __all__ = [
 ]
 
 BLOCK_ELEMENTS = 2**22
-"""Logits of as many rows as `reference_loss` has target tensors for at a time."""
+"""Logits of as many rows as `reference_loss` works on at a time.
+
+That bounds what a block needs while it is worked on, not what its graph keeps: two tensors of the size of all logits.
+"""
 
 
 def finite_std(logits: Tensor) -> Tensor:
@@ -166,7 +158,7 @@ def clipped_kl(target: Tensor, logits: Tensor, epsilon: float) -> Tensor:
         ``(...)``, in nats.
     """
     kl = unclipped_kl(target, logits)
-    return torch.where(is_settled(kl, epsilon, None), epsilon, kl) if epsilon > 0 else kl
+    return torch.where(kl < epsilon, epsilon, kl) if epsilon > 0 else kl
 
 
 def algorithm_1(
@@ -230,14 +222,17 @@ def reference_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     hold: HoldValue = None,
-    hold_group: ProcessGroup | None = None,
     anchors: AnchorValue = None,
     anchor: float = 0.0,
     anchor_epsilon: float = 0.05,
 ) -> Tensor:
     """The OverTone loss by its definition, for readers and for tests; arguments as in `overtone.overtone_loss`.
 
-    float64 is its yardstick: in float32 a KL near 0 may round to a little below it.
+    float64 is its yardstick: in float32 a KL near 0 may round to a little below it. What it holds is decided from the
+    tokens of this process alone.
+
+    Raises:
+        ValueError, TypeError: as `overtone.overtone_loss`.
     """
     holding = read_hold(hold)
     check_hyperparameters(epsilon, n_sigma, lam, check)
@@ -245,13 +240,7 @@ def reference_loss(
     check_tensors(logits, labels, reference_logits)
     refuse_hold_in_graph(holding)
     groups = read_anchors(
-        anchors,
-        anchor,
-        anchor_epsilon,
-        labels=labels,
-        vocabulary=logits.shape[-1],
-        ignore_index=ignore_index,
-        reduction=reduction,
+        anchors, anchor, anchor_epsilon, labels, logits.shape[-1], ignore_index=ignore_index, reduction=reduction
     )
     token_logits, token_labels = flatten_tokens(logits, labels)
     if logits.device.type == "cpu":  # elsewhere a synchronisation
@@ -270,17 +259,27 @@ def reference_loss(
         ]
     )
     kl = kl.where(counted, 0)
-    correct = ground_truth_check(scores.detach(), truth) if holding.correct else None
-    settled = counted & is_settled(kl, epsilon, correct)
-    loss = reduce_tokens(torch.where(settled, epsilon, kl), counted, reduction)
-    moved = kl.new_zeros(())
+    correct = ground_truth_check(scores.detach(), truth) if holding.correct else counted
+    token_loss = torch.where(counted & correct & (kl < epsilon), epsilon, kl)
+    loss = token_loss.reshape(labels.shape)
+    if reduction != "none":
+        loss = token_loss.sum() / (counted.sum().clamp(min=1) if reduction == "mean" else 1)
+    are_kept = True
     for group in groups:
-        own = token_logits[group.at.reshape(-1)].to(scores.dtype)
-        unclipped = anchored_kl(own, group.log_probs.to(own.dtype), group.ids, epsilon=0)
-        clipped = anchored_kl(own, group.log_probs.to(own.dtype), group.ids, anchor_epsilon)
-        loss = loss + anchor * group.weight * reduce_tokens(clipped, torch.ones_like(clipped), reduction)
-        moved += ~(unclipped.detach().sum() <= anchor_epsilon * len(group))
-    if holding:
-        waits_for = None if correct is None else correct[counted]
-        loss = release_when_held(loss, kl.detach()[counted], epsilon, holding, waits_for, hold_group, moved)
-    return loss.reshape(labels.shape) if reduction == "none" else loss
+        own, unedited_log_probs = token_logits[group.at.reshape(-1)].to(kl.dtype), group.log_probs.to(kl.dtype)
+        anchored = anchored_kl(own, unedited_log_probs, group.ids, anchor_epsilon).sum()
+        loss = loss + anchor * group.weight * anchored / (max(1, len(group)) if reduction == "mean" else 1)
+        distance = anchored_kl(own.detach(), unedited_log_probs, group.ids, epsilon=0)
+        are_kept &= len(group) == 0 or bool(distance.mean() <= anchor_epsilon)
+    if holding and loss.requires_grad and are_kept and _is_held(holding, kl[counted], epsilon, correct[counted]):
+        return loss.detach().requires_grad_().clone()
+    return loss
+
+
+def _is_held(hold: Hold, kl: Tensor, epsilon: float, correct: Tensor) -> bool:
+    """Whether all that the hold names is true of the counted tokens ``(M,)``."""
+    return (
+        (not hold.correct or bool(correct.all()))
+        and (not hold.settled or bool((kl < epsilon).all()))
+        and (hold.mean is None or len(kl) == 0 or bool(kl.mean() <= hold.mean))
+    )

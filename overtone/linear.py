@@ -158,17 +158,10 @@ def linear_overtone_loss(
     if anchors is not None or anchor != 0:
         refuse_anchors_with_shard(shard)
         groups = read_anchors(
-            anchors,
-            anchor,
-            anchor_epsilon,
-            labels=labels,
-            vocabulary=vocabulary,
-            ignore_index=ignore_index,
-            reduction=reduction,
+            anchors, anchor, anchor_epsilon, labels, vocabulary, ignore_index=ignore_index, reduction=reduction
         )
-        if groups:
-            anchored = anchored_rows(groups, anchor, anchor_epsilon, reduction)
-            hidden, weight, bias, term = anchored_layer_term(hidden, weight, bias, anchored, chunk_size)
+        anchored = anchored_rows(groups, anchor, anchor_epsilon, reduction)
+        hidden, weight, bias, term = anchored_layer_term(hidden, weight, bias, anchored, chunk_size)
 
     # In float16 a mean's gradients would vanish before a loss scale could save them: they are divided afterwards.
     is_divided_now = reduction == "mean" and hidden.dtype != torch.float16

@@ -15,12 +15,15 @@ from overtone.checks import (
     check_reduction,
     check_tensors,
     flatten_tokens,
+    reduce_tokens,
 )
 from overtone.config import OverToneConfig
 from overtone.derivatives import raise_for_second_derivative, refuse_forward_mode
-from overtone.functional import reference_loss
+from overtone.functional import ground_truth_check, reference_loss
 from overtone.hold import (
+    Hold,
     HoldValue,
+    is_settled,
     read_hold,
     refuse_hold_in_graph,
     release_when_held,
@@ -128,43 +131,25 @@ def overtone_loss(
     logits, labels, shard = take_shard(logits, labels, shard)
     if reference_logits is not None:
         refuse_reference_with_shard(shard)
-        return reference_loss(
-            logits,
-            labels,
-            epsilon=epsilon,
-            n_sigma=n_sigma,
-            lam=lam,
-            check=check,
-            reference_logits=reference_logits,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            hold=hold,
-            hold_group=hold_group,
-            anchors=anchors,
-            anchor=anchor,
-            anchor_epsilon=anchor_epsilon,
-        )
     holding = read_hold(hold)
     check_hyperparameters(epsilon, n_sigma, lam, check)
     check_reduction(reduction, ignore_index)
-    check_tensors(logits, labels, may_be_empty=shard is not None)
+    check_tensors(logits, labels, reference_logits, may_be_empty=shard is not None)
     refuse_hold_in_graph(holding)
-    refuse_forward_mode(logits)
+    if reference_logits is None:
+        refuse_forward_mode(logits)
     token_logits, token_labels = flatten_tokens(logits, labels)
     term: AnchoredTerm | None = None
     if is_anchored:
         refuse_anchors_with_shard(shard)
         groups = read_anchors(
-            anchors,
-            anchor,
-            anchor_epsilon,
-            labels=labels,
-            vocabulary=logits.shape[-1],
-            ignore_index=ignore_index,
-            reduction=reduction,
+            anchors, anchor, anchor_epsilon, labels, logits.shape[-1], ignore_index=ignore_index, reduction=reduction
         )
-        if groups:
-            token_logits, term = anchored_term(token_logits, anchored_rows(groups, anchor, anchor_epsilon, reduction))
+        token_logits, term = anchored_term(token_logits, anchored_rows(groups, anchor, anchor_epsilon, reduction))
+    if reference_logits is not None:  # no kernel has it
+        target = {"n_sigma": n_sigma, "lam": lam, "check": check, "reference_logits": reference_logits}
+        logits = logits if term is None else token_logits.reshape(logits.shape)
+        return _by_definition(logits, labels, target, epsilon, ignore_index, reduction, holding, hold_group, term)
     kernel = choose(token_logits, shard)
     correct_only = holding.correct
     loss: Tensor
@@ -190,6 +175,32 @@ def overtone_loss(
         moved = None if term is None else term.moved
         loss = release_when_held(loss, kl[counted], epsilon, holding, correct, hold_group, moved)
     return loss.reshape(labels.shape) if reduction == "none" else loss
+
+
+def _by_definition(
+    logits: Tensor,
+    labels: Tensor,
+    target: dict[str, Any],
+    epsilon: float,
+    ignore_index: int,
+    reduction: Reduction,
+    hold: Hold,
+    hold_group: ProcessGroup | None,
+    term: AnchoredTerm | None,
+) -> Tensor:
+    """The loss with a target of which no kernel knows: its KL is the literal one, with a graph of its own."""
+    kl = reference_loss(logits, labels, epsilon=0.0, ignore_index=ignore_index, reduction="none", **target)
+    counted = labels != ignore_index
+    correct = ground_truth_check(logits.detach(), labels.where(counted, 0).long()) if hold.correct else None
+    settled = counted & is_settled(kl, epsilon, correct)
+    loss = reduce_tokens(torch.where(settled, epsilon, kl), counted, reduction)
+    if term is not None:
+        loss = loss + term.loss
+    if hold:
+        waits_for = None if correct is None else correct[counted]
+        moved = None if term is None else term.moved
+        loss = release_when_held(loss, kl.detach()[counted], epsilon, hold, waits_for, hold_group, moved)
+    return loss
 
 
 class OverToneLoss(nn.Module):

@@ -161,6 +161,14 @@ class TestValue:
             assert torch.equal(gradient, expected_gradient)
         assert overtone_loss(logits, labels, anchors=[], anchor=1.0) == overtone_loss(logits, labels)
 
+    def test_beside_the_unedited_models_target(self):
+        """Also where the targets' own part comes from the unedited model ("w/o dyn")."""
+        logits, before, labels = call()
+        anchors = {"anchors": two_groups(before), "anchor": 0.7}
+        found = value_and_gradient(overtone_loss, logits, labels, reference_logits=before, **anchors)
+        expected = value_and_gradient(reference_loss, logits, labels, reference_logits=before, **anchors)
+        torch.testing.assert_close(found, expected)
+
     def test_anchors_alone(self):
         """Of a text without any target."""
         logits, before, labels = call()
