@@ -158,7 +158,6 @@ class TestDecisions:
         torch.testing.assert_close(gradient, expected_gradient)
         assert gradient[0, 1] == pytest.approx(logits[0].softmax(dim=0)[1].item())
 
-
     @every_kernel
     @pytest.mark.parametrize("banned", [1, 2, 4])
     def test_mean_over_labels_that_are_banned_with_a_number(self, loss, banned):
