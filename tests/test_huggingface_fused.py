@@ -492,3 +492,33 @@ class TestTrainer:
                 [metrics["eval_loss"], *(log["loss"] for log in trainer.state.log_history if "loss" in log)]
             )
         assert histories[1] == pytest.approx(histories[0], rel=1e-4)
+
+    def test_a_step_in_bfloat16_is_as_exact_as_cross_entropy(self, batch, tmp_path):
+        """One step of SGD against float64, where the loss is cross-entropy: rounding is all that it adds."""
+
+        def step(*, exact=False, **attached):
+            model = tiny_models.build(sharpness=1.0).to(torch.float64 if exact else torch.float32)
+            before = {name: parameter.detach().double().clone() for name, parameter in model.named_parameters()}
+            if attached:
+                attach(model, OverToneConfig(lam=1.0, epsilon=0.0), **attached)
+            arguments = TrainingArguments(
+                str(tmp_path),
+                max_steps=1,
+                learning_rate=0.5,
+                max_grad_norm=0,
+                optim="sgd",
+                bf16=not exact,
+                report_to="none",
+                use_cpu=True,
+                save_strategy="no",
+            )
+            Trainer(model, arguments, train_dataset=Dataset.from_list(rows)).train()
+            return {name: parameter.detach().double() - before[name] for name, parameter in model.named_parameters()}
+
+        rows = [{name: value[row] for name, value in batch.items()} for row in range(3)]
+        truth, yardstick = step(exact=True), step()
+        for fused in (False, True):
+            moved = step(fused=fused)
+            for name, exact in truth.items():
+                error, allowed = ((steps[name] - exact).norm() for steps in (moved, yardstick))
+                assert error <= 1.25 * allowed + 1e-3 * exact.norm(), (name, fused)

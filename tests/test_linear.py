@@ -293,6 +293,10 @@ class TestBadInput:
         ("arguments", "message"),
         [
             ({"weight": torch.zeros(5, 3)}, r"weight must be \(V, H\) .* got weight \(5, 3\) for hidden \(2, 4\)"),
+            (
+                {"hidden": torch.zeros(2, 0), "weight": torch.zeros(5, 0)},
+                r"hidden must have features .* \(2, 0\)",
+            ),
             ({"weight": torch.zeros(5, 4, dtype=torch.bfloat16)}, "weight must be torch.float32 .* got torch.bfloat16"),
             ({"bias": torch.zeros(4)}, r"bias must be \(5,\)"),
             ({"chunk_size": 0}, "chunk_size must be .* got 0"),
