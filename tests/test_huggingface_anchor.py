@@ -12,13 +12,15 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from test_huggingface_peft import TUNERS, wrapped
 from tiny_trainer import Gradients, arguments, gradients_of, trained_gradients, word_tokenizer
 from torch import Tensor
 from transformers import Trainer
 
 from overtone import Anchors, OverToneConfig, overtone_loss
 from overtone.huggingface import TokenStatesCallback, attach, causal_lm_loss, compute_loss_func
-from overtone.huggingface.reference import positions_that_stay
+from overtone.huggingface.reference import evaluating, positions_that_stay
+from overtone.huggingface.wrappers import without_adapters
 
 trl = pytest.importorskip("trl", reason="TRL is not in EasyEdit's environment, where other tests are collected")
 
@@ -216,6 +218,45 @@ class TestAttached:
             with attach(model, changed, reference="adapter"):
                 model(**batch).loss.backward()
             assert all(parameter.grad is None for parameter in trained) == is_held
+
+
+class TestAdapterSwitchedOff:
+    """It is the model from before, bit for bit, whatever the adapter has become; or there is a refusal."""
+
+    REFUSED = (
+        "ADAPTION_PROMPT",
+        "CARTRIDGE",
+        "CPT",
+        "MULTITASK_PROMPT_TUNING",
+        "POLY",
+        "PREFIX_TUNING",
+        "PROMPT_TUNING",
+    )
+
+    @pytest.mark.parametrize("kind", TUNERS)
+    def test_in_every_tuner(self, kind, tmp_path):
+        model, batch = wrapped(kind, tmp_path)
+        if kind in (*self.REFUSED, "P_TUNING"):
+            with pytest.raises(ValueError, match=r"anchor|reference|model must"):
+                attach(model, CONFIG, reference="adapter")
+            return
+        self.check(model, batch)
+
+    @pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+    def test_in_lora_of_other_kinds(self, settings):
+        model = lora(tiny_models.build(), **settings)
+        self.check(model, tiny_models.ragged_batch(tiny_models.build()))
+
+    def check(self, model: Any, batch: dict[str, Tensor]) -> None:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            before = tiny_models.build()(**inputs).logits
+        with attach(model, CONFIG, reference="adapter") as handle, torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.5 * torch.randn_like(parameter)
+            with evaluating(handle.model), without_adapters(handle.model):
+                assert torch.equal(handle.model(**inputs).logits, before)
 
 
 def state_of(model: Any) -> dict[str, Any]:
