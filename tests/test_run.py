@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import mini_lab
 import pytest
 import torch
 
+import overtone
 from overtone import cli
 from overtone.config import RECOMMENDED
 from overtone.lab.data.corpora import CORPORA
@@ -259,11 +261,19 @@ class TestResume:
         begun(settings(model), tmp_path)
         with monkeypatch.context() as patch:
             patch.setattr(run, "version", lambda name: "0")
+            patch.setattr(run, "__version__", "0")
             with pytest.raises(ValueError, match="another version of overtone, version of peft, "):
                 begun(settings(model), tmp_path)
         monkeypatch.setitem(RECOMMENDED, "ft-m", {})
         with pytest.raises(ValueError, match="another recommended setting of ft-m: choose another folder"):
             begun(settings(model), tmp_path)
+
+    def test_asks_no_installation_for_its_own_version(self, model, corpora, tmp_path, monkeypatch):
+        """A checkout that was never installed has a version, too."""
+        installed = importlib.metadata.version
+        monkeypatch.setattr(run, "version", lambda name: None if name == "overtone" else installed(name))
+        begun(settings(model), tmp_path)
+        assert json.loads((tmp_path / HEADER).read_text())["versions"]["overtone"] == overtone.__version__
 
     def test_refuses_other_edits(self, model, corpora, tmp_path, monkeypatch):
         finish(settings(model, lengths=(1,)), tmp_path)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from overtone import __version__
 from overtone.config import RECOMMENDED, OverToneConfig
 from overtone.lab.edit.methods import METHODS
 from overtone.lab.edit.sessions import easyedit_version, open_session
@@ -199,7 +200,8 @@ class Run:
                 pass
 
     def _versions(self) -> dict[str, str]:
-        libraries = {name: version(name) for name in ("overtone", "torch", "transformers", "peft")}
+        # Its own version is not asked of the installation: it also runs from a checkout that nobody installed.
+        libraries = {"overtone": __version__} | {name: version(name) for name in ("torch", "transformers", "peft")}
         easyedit = {} if set(self.settings.methods) <= METHODS.keys() else {"easyedit": easyedit_version()}
         return {"python": platform.python_version(), **libraries, **easyedit}
 
