@@ -11,6 +11,7 @@ import tiny_models
 import torch
 import transformers
 from datasets import Dataset
+from largest_tensor import LargestTensor
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -40,16 +41,6 @@ SIZES: dict[str, Any] = {
 
 
 @pytest.fixture
-def model() -> Any:
-    return tiny_models.build()
-
-
-@pytest.fixture
-def batch(model: Any) -> dict[str, torch.Tensor]:
-    return tiny_models.ragged_batch(model)
-
-
-@pytest.fixture
 def process_group() -> Any:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
@@ -73,19 +64,6 @@ def assert_fused_is_unfused(model: Any, inputs: dict[str, Any], rtol: float = 1e
     for name, gradient in gradients.items():
         torch.testing.assert_close(fused_gradients[name], gradient, rtol=rtol, atol=rtol, msg=name)
     return fused_gradients
-
-
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the most elements that any operation's result had."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
 
 
 class TestLoss:

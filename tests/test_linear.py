@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from largest_tensor import LargestTensor
 
 from overtone import linear, linear_overtone_loss, overtone_loss
 
@@ -263,19 +264,6 @@ class TestEditing:
         assert loss == 0
         assert (hidden.grad == 0).all()
         assert (weight.grad == 0).all()
-
-
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the most elements that any operation's result had."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
 
 
 class TestMemory:

@@ -21,7 +21,7 @@ from overtone.huggingface.calls import Call
 from overtone.huggingface.holding import cut_off_added_terms, cut_off_output
 from overtone.huggingface.reference import Batch
 from overtone.huggingface.trainers import calling_frames, calling_trainer, items_that_count, smooths_labels, trains
-from overtone.huggingface.verification import WAY_OUT, can_be_asked_for_logits, fused_by
+from overtone.huggingface.verification import WAY_OUT, bypassing_loss, can_be_asked_for_logits
 from overtone.huggingface.wrappers import added_loss, for_virtual_tokens, refuse_replaced_loss
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class WatchedForward:
             call.outer.has_asked |= call.has_asked
             call.outer.is_held |= call.is_held
         elif is_trained and labels is not None and not call.has_asked and _has_loss(output):
-            culprit = fused_by(self.model, kwargs) or "a forward that does not call self.loss_function"
+            culprit = bypassing_loss(self.model, kwargs) or "a forward that does not call self.loss_function"
             raise RuntimeError(
                 f"the loss attached to {type(self.model).__name__} was bypassed by {culprit}; detach it and {WAY_OUT}"
             )
