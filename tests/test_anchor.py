@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradients import value_and_gradient
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_cases import FLOATS, draw_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,6 +76,7 @@ class TestValue:
         torch.testing.assert_close(value.double(), expected, rtol=8 * min(eps, 1e-7), atol=0)
         torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2 * eps, atol=2 * min(eps, 1e-7))
 
+    @settings(deadline=None, max_examples=60)
     @given(st.data())
     def test_is_the_literal_one_for_any_logits(self, data):
         """Banned tokens, ties and whole certainty too."""
@@ -240,8 +241,19 @@ class TestDerivatives:
         leaf = logits.requires_grad_()
         loss = overtone_loss(leaf, labels, anchors=Anchors.record(before, PROMPT), anchor=1.0)
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        assert gradient[PROMPT].any()
         with pytest.raises(RuntimeError, match="second derivative"):
             gradient.sum().backward()
+
+    def test_second_derivative_of_the_layer_is_refused(self):
+        hidden, weight, _, before, labels = layer()
+        inputs = hidden.requires_grad_(), weight.requires_grad_()
+        anchors = Anchors.record_hidden(hidden, before, PROMPT)
+        loss = linear_overtone_loss(*inputs, labels, anchors=anchors, anchor=1.0)
+        gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+        for gradient in gradients:
+            with pytest.raises(RuntimeError, match="second derivative"):
+                gradient.sum().backward(retain_graph=True)
 
     def test_graph_can_be_gone_through_twice(self):
         logits, before, labels = call()
