@@ -57,9 +57,10 @@ def problems(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     whole, real = (torch.rand(2, rows, vocabulary, generator=generator, dtype=torch.float64) - 0.5) * 40
     kind = torch.randint(3, (rows, vocabulary), generator=generator)
+    kind[kind == 1] = draw(st.integers(0, 1))  # whole numbers alone have ties at their top
     labels = torch.randint(vocabulary, (rows, 1), generator=generator)
     kind.scatter_(1, labels, kind.gather(1, labels).clamp(max=1))  # a label is not banned
-    logits = torch.where(kind == 0, (whole / 6).round(), torch.where(kind == 1, real, -math.inf))
+    logits = torch.where(kind == 0, (whole / 9).round(), torch.where(kind == 1, real, -math.inf))
     labels = labels.squeeze(1).masked_fill(torch.rand(rows, generator=generator) < 0.25, -100)
     share = st.one_of(st.sampled_from([0.0, 1e-18, 0.1, 0.5, 1.0]), st.floats(0, 1))
     arguments = {
