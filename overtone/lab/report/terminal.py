@@ -19,12 +19,14 @@ _MEASURES: Mapping[str, Column] = {
     AVERAGE: replace(COLUMNS[AVERAGE], heading="Avg", interval_decimals=0),
     "exact match": replace(COLUMNS["exact match"], heading="Exact\nmatch"),
     "gen begins": replace(COLUMNS["gen begins"], heading="Gen\nbegins"),
+    "gen said": replace(COLUMNS["gen said"], heading="Gen\nsaid"),
     "kl": COLUMNS["kl"],
     "steps": COLUMNS["steps"],
 }
 _EXPLAINED = {
     "exact match": "Exact match: greedy generation, mean of the same four.",
     "gen begins": "Gen begins: greedy generation after the rephrased prompt begins with the answer.",
+    "gen said": "Gen said: it does so as text without case, accents, punctuation and article, or with an alias.",
     "kl": "KL: from the unedited model on locality probes, in nats.",
 }
 """What the caption says of the columns that not every run has."""
