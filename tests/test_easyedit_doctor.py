@@ -130,6 +130,21 @@ class TestTraps:
         assert any("ROME stops below a total of 0.05" in line for line in found(config))
         assert not any("0.05" in line for line in found({**config, "token_loss": "overtone"}))
 
+    @pytest.mark.parametrize("method", ["MEMIT", "AlphaEdit"])
+    def test_a_loss_that_reads_a_model_cut_short(self, tmp_path, method):
+        (folder := tmp_path / "llama").mkdir()
+        (folder / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 6}')
+        config = {"alg_name": method, "model_name": str(folder), "v_loss_layer": 5}
+        assert not any("cut short" in line for line in found(config))
+        assert any("not the last of the model's 6 layers" in line for line in found({**config, "v_loss_layer": 4}))
+        assert not any("cut short" in line for line in found({**config, "model_name": "llama", "v_loss_layer": 4}))
+
+    def test_alphaedit_knows_few_families(self):
+        assert any("makes no projection" in line for line in fatal({"alg_name": "AlphaEdit", "model_name": "mistral"}))
+        assert not fatal({"alg_name": "AlphaEdit", "model_name": "qwen2.5-7b"})
+        assert not fatal({"alg_name": "MEMIT", "model_name": "mistral"})
+        assert any("null_space_project" in line for line in found({"alg_name": "AlphaEdit", "model_name": "llama"}))
+
     def test_fields(self):
         @dataclass
         class Hparams:
