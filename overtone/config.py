@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from overtone.checks import check_hyperparameters
-from overtone.hold import HoldValue, accepts_old_names, old_values, read_hold
+from overtone.hold import HoldValue, read_hold
+from overtone.old_hold_names import accepts_old_names, old_values
 
 __all__ = ["PRESETS", "RECOMMENDED", "OverToneConfig"]
 

@@ -7,7 +7,6 @@ Source: Liu et al., "Mitigating Heterogeneous Token Overfitting in LLM Knowledge
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,20 +19,10 @@ from overtone.checks import (
     check_reduction,
     check_tensors,
     flatten_tokens,
-    reduce_tokens,
     working_dtype,
 )
-from overtone.hold import (
-    HoldValue,
-    accepts_old_names,
-    is_settled,
-    read_hold,
-    refuse_hold_in_graph,
-    release_when_held,
-)
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from overtone.hold import Hold, HoldValue, read_hold, refuse_hold_in_graph
+from overtone.old_hold_names import accepts_old_names
 
 __all__ = [
     "build_target",
@@ -47,7 +36,10 @@ __all__ = [
 ]
 
 BLOCK_ELEMENTS = 2**22
-"""Logits of as many rows as `reference_loss` has target tensors for at a time."""
+"""Logits of as many rows as `reference_loss` works on at a time.
+
+That bounds what a block needs while it is worked on, not what its graph keeps: two tensors of the size of all logits.
+"""
 
 
 def finite_std(logits: Tensor) -> Tensor:
@@ -164,7 +156,7 @@ def clipped_kl(target: Tensor, logits: Tensor, epsilon: float) -> Tensor:
         ``(...)``, in nats.
     """
     kl = unclipped_kl(target, logits)
-    return torch.where(is_settled(kl, epsilon, None), epsilon, kl) if epsilon > 0 else kl
+    return torch.where(kl < epsilon, epsilon, kl) if epsilon > 0 else kl
 
 
 def algorithm_1(
@@ -206,11 +198,14 @@ def reference_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     hold: HoldValue = None,
-    hold_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The OverTone loss by its definition, for readers and for tests; arguments as in `overtone.overtone_loss`.
 
-    float64 is its yardstick: in float32 a KL near 0 may round to a little below it.
+    float64 is its yardstick: in float32 a KL near 0 may round to a little below it. What it holds is decided from the
+    tokens of this process alone.
+
+    Raises:
+        ValueError, TypeError: as `overtone.overtone_loss`.
     """
     holding = read_hold(hold)
     check_hyperparameters(epsilon, n_sigma, lam, check)
@@ -234,10 +229,20 @@ def reference_loss(
         ]
     )
     kl = kl.where(counted, 0)
-    correct = ground_truth_check(scores.detach(), truth) if holding.correct else None
-    settled = counted & is_settled(kl, epsilon, correct)
-    loss = reduce_tokens(torch.where(settled, epsilon, kl), counted, reduction)
-    if holding:
-        waits_for = None if correct is None else correct[counted]
-        loss = release_when_held(loss, kl.detach()[counted], epsilon, holding, waits_for, hold_group)
-    return loss.reshape(labels.shape) if reduction == "none" else loss
+    correct = ground_truth_check(scores.detach(), truth) if holding.correct else counted
+    token_loss = torch.where(counted & correct & (kl < epsilon), epsilon, kl)
+    loss = token_loss.reshape(labels.shape)
+    if reduction != "none":
+        loss = token_loss.sum() / (counted.sum().clamp(min=1) if reduction == "mean" else 1)
+    if holding and loss.requires_grad and _is_held(holding, kl[counted], epsilon, correct[counted]):
+        return loss.detach().requires_grad_().clone()
+    return loss
+
+
+def _is_held(hold: Hold, kl: Tensor, epsilon: float, correct: Tensor) -> bool:
+    """Whether all that the hold names is true of the counted tokens ``(M,)``."""
+    return (
+        (not hold.correct or bool(correct.all()))
+        and (not hold.settled or bool((kl < epsilon).all()))
+        and (hold.mean is None or len(kl) == 0 or bool(kl.mean() <= hold.mean))
+    )

@@ -21,13 +21,13 @@ from overtone.checks import (
 from overtone.derivatives import refuse_second_derivative
 from overtone.hold import (
     HoldValue,
-    accepts_old_names,
     is_settled,
     read_hold,
     release_when_held,
 )
 from overtone.kernels import Clip, Fit, Kernel, Target, choose
 from overtone.loss import overtone_loss
+from overtone.old_hold_names import accepts_old_names
 from overtone.shard import VocabularyShard, take_layer_shard
 from overtone.torch_state import is_transformed
 

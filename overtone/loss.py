@@ -13,18 +13,21 @@ from overtone.checks import (
     check_reduction,
     check_tensors,
     flatten_tokens,
+    reduce_tokens,
 )
 from overtone.config import OverToneConfig
 from overtone.derivatives import raise_for_second_derivative, refuse_forward_mode
-from overtone.functional import reference_loss
+from overtone.functional import ground_truth_check, reference_loss
 from overtone.hold import (
+    Hold,
     HoldValue,
-    accepts_old_names,
+    is_settled,
     read_hold,
     refuse_hold_in_graph,
     release_when_held,
 )
 from overtone.kernels import Clip, Kernel, Target, choose
+from overtone.old_hold_names import accepts_old_names
 from overtone.shard import VocabularyShard, as_dtensor, refuse_reference_with_shard, take_shard
 from overtone.torch_state import is_transformed
 
@@ -104,24 +107,14 @@ def overtone_loss(
     logits, labels, shard = take_shard(logits, labels, shard)
     if reference_logits is not None:
         refuse_reference_with_shard(shard)
-        return reference_loss(
-            logits,
-            labels,
-            epsilon=epsilon,
-            n_sigma=n_sigma,
-            lam=lam,
-            check=check,
-            reference_logits=reference_logits,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            hold=hold,
-            hold_group=hold_group,
-        )
     holding = read_hold(hold)
     check_hyperparameters(epsilon, n_sigma, lam, check)
     check_reduction(reduction, ignore_index)
-    check_tensors(logits, labels, may_be_empty=shard is not None)
+    check_tensors(logits, labels, reference_logits, may_be_empty=shard is not None)
     refuse_hold_in_graph(holding)
+    if reference_logits is not None:  # no kernel has it
+        target = {"n_sigma": n_sigma, "lam": lam, "check": check, "reference_logits": reference_logits}
+        return _by_definition(logits, labels, target, epsilon, ignore_index, reduction, holding, hold_group)
     refuse_forward_mode(logits)
     token_logits, token_labels = flatten_tokens(logits, labels)
     kernel = choose(token_logits, shard)
@@ -146,6 +139,28 @@ def overtone_loss(
         correct = coefficients[4, counted] != 0 if correct_only else None
         loss = release_when_held(loss, kl[counted], epsilon, holding, correct, hold_group)
     return loss.reshape(labels.shape) if reduction == "none" else loss
+
+
+def _by_definition(
+    logits: Tensor,
+    labels: Tensor,
+    target: dict[str, Any],
+    epsilon: float,
+    ignore_index: int,
+    reduction: Reduction,
+    hold: Hold,
+    hold_group: ProcessGroup | None,
+) -> Tensor:
+    """The loss with a target of which no kernel knows: its KL is the literal one, with a graph of its own."""
+    kl = reference_loss(logits, labels, epsilon=0.0, ignore_index=ignore_index, reduction="none", **target)
+    counted = labels != ignore_index
+    correct = ground_truth_check(logits.detach(), labels.where(counted, 0).long()) if hold.correct else None
+    settled = counted & is_settled(kl, epsilon, correct)
+    loss = reduce_tokens(torch.where(settled, epsilon, kl), counted, reduction)
+    if hold:
+        waits_for = None if correct is None else correct[counted]
+        loss = release_when_held(loss, kl.detach()[counted], epsilon, hold, waits_for, hold_group)
+    return loss
 
 
 class OverToneLoss(nn.Module):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +40,12 @@ class WatchedForward:
     def __wrapped__(self) -> Callable[..., Any]:
         """For `inspect.signature`, by which Trainer learns what the model takes."""
         return self.forward
+
+    @property
+    def __code__(self) -> CodeType:
+        """For `torch.export`, which notes where a model's forward is written."""
+        code: CodeType = inspect.unwrap(self.forward).__code__
+        return code
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward, and a look at whether its loss was the attached one."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from overtone.config import OverToneConfig
-from overtone.hold import without_effect
+from overtone.cut_off import without_effect
 from overtone.huggingface.alignment import labels_are_shifted
 from overtone.huggingface.holding import is_cut_off, let_shards_go, resharding
 from overtone.huggingface.loss import (

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from overtone.cut_off import without_effect
 from overtone.functional import ground_truth_check
-from overtone.hold import NEVER, Hold, is_settled, without_effect
+from overtone.hold import NEVER, Hold, is_settled
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits (N, V), labels (N,)) -> loss (N,)``, labels without ignored positions."""
