@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from overtone.anchor import AnchorValue, read_anchors
 from overtone.checks import (
     Reduction,
     check_hyperparameters,
@@ -25,6 +26,7 @@ from overtone.hold import Hold, HoldValue, read_hold, refuse_hold_in_graph
 from overtone.old_hold_names import accepts_old_names
 
 __all__ = [
+    "anchored_kl",
     "build_target",
     "clipped_kl",
     "finite_std",
@@ -185,6 +187,28 @@ def algorithm_1(
     return clipped_kl(target, logits, epsilon)
 
 
+def merge_others(probabilities: Tensor, ids: Tensor) -> Tensor:
+    """Probabilities ``(..., k + 1)`` of the tokens in ids ``(..., k)`` and, last, of all others together."""
+    others = probabilities.scatter(-1, ids, 0).sum(dim=-1, keepdim=True)
+    return torch.cat([probabilities.gather(-1, ids), others], dim=-1)
+
+
+def anchored_kl(logits: Tensor, unedited_log_probs: Tensor, ids: Tensor | None, epsilon: float) -> Tensor:
+    """``max(KL(pi_0 || softmax(logits)), epsilon)``: how far a position has moved that was to stay.
+
+    Args:
+        logits: ``(..., V)``, float32 or float64.
+        unedited_log_probs: log pi_0, ``(..., V)``; or ``(..., k + 1)``, of the tokens in ids and all others together.
+        ids: ``(..., k)``; the KL is then that of k + 1 classes.
+        epsilon: as in `clipped_kl`.
+
+    Returns:
+        ``(...)``, in nats.
+    """
+    class_logits = logits if ids is None else merge_others(logits.softmax(dim=-1), ids).log()
+    return clipped_kl(unedited_log_probs.exp(), class_logits, epsilon)
+
+
 @accepts_old_names
 def reference_loss(
     logits: Tensor,
@@ -198,6 +222,9 @@ def reference_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     hold: HoldValue = None,
+    anchors: AnchorValue = None,
+    anchor: float = 0.0,
+    anchor_epsilon: float = 0.05,
 ) -> Tensor:
     """The OverTone loss by its definition, for readers and for tests; arguments as in `overtone.overtone_loss`.
 
@@ -212,6 +239,9 @@ def reference_loss(
     check_reduction(reduction, ignore_index)
     check_tensors(logits, labels, reference_logits)
     refuse_hold_in_graph(holding)
+    groups = read_anchors(
+        anchors, anchor, anchor_epsilon, labels, logits.shape[-1], ignore_index=ignore_index, reduction=reduction
+    )
     token_logits, token_labels = flatten_tokens(logits, labels)
     if logits.device.type == "cpu":  # elsewhere a synchronisation
         check_labels(token_labels, logits.shape[-1], ignore_index)
@@ -234,7 +264,14 @@ def reference_loss(
     loss = token_loss.reshape(labels.shape)
     if reduction != "none":
         loss = token_loss.sum() / (counted.sum().clamp(min=1) if reduction == "mean" else 1)
-    if holding and loss.requires_grad and _is_held(holding, kl[counted], epsilon, correct[counted]):
+    are_kept = True
+    for group in groups:
+        own, unedited_log_probs = token_logits[group.at.reshape(-1)].to(kl.dtype), group.log_probs.to(kl.dtype)
+        anchored = anchored_kl(own, unedited_log_probs, group.ids, anchor_epsilon).sum()
+        loss = loss + anchor * group.weight * anchored / (max(1, len(group)) if reduction == "mean" else 1)
+        distance = anchored_kl(own.detach(), unedited_log_probs, group.ids, epsilon=0)
+        are_kept &= len(group) == 0 or bool(distance.mean() <= anchor_epsilon)
+    if holding and loss.requires_grad and are_kept and _is_held(holding, kl[counted], epsilon, correct[counted]):
         return loss.detach().requires_grad_().clone()
     return loss
 

@@ -52,7 +52,12 @@ class Hold:
         return parts if len(parts) > 1 else parts[0] if parts else None
 
     def is_met(
-        self, token_kl: Tensor, epsilon: float, correct: Tensor | None, group: ProcessGroup | None = None
+        self,
+        token_kl: Tensor,
+        epsilon: float,
+        correct: Tensor | None,
+        group: ProcessGroup | None = None,
+        moved: Tensor | None = None,
     ) -> bool:
         """Whether a call is held: the same on every rank, of whose tokens together it is asked; none need nothing.
 
@@ -61,28 +66,33 @@ class Hold:
             epsilon: a token is settled below it.
             correct: ``(M,)``, bool; needed where the hold waits for it.
             group: the ranks that decide together, each of which has to ask; None for all.
+            moved: ``()``, how many groups of this rank's anchors have a mean KL above their epsilon; None for none.
         """
         if not self:
             return False
-        summary = self._summary(token_kl, epsilon, correct)
+        summary = self._summary(token_kl, epsilon, correct, moved)
         if are_several_ranks(group):
             torch.distributed.all_reduce(summary, group=group)
         return self._allows(summary)
 
-    def is_met_here(self, token_kl: Tensor, epsilon: float, correct: Tensor | None) -> bool:
+    def is_met_here(
+        self, token_kl: Tensor, epsilon: float, correct: Tensor | None, moved: Tensor | None = None
+    ) -> bool:
         """As `is_met`, of this process' tokens alone: of an edit, say, of which other processes have others."""
-        return bool(self) and self._allows(self._summary(token_kl, epsilon, correct))
+        return bool(self) and self._allows(self._summary(token_kl, epsilon, correct, moved))
 
-    def _summary(self, token_kl: Tensor, epsilon: float, correct: Tensor | None) -> Tensor:
-        """What can be summed over ranks: tokens, their KL, how many are not settled, how many not correct."""
-        sums = [torch.ones_like(token_kl), token_kl, ~is_settled(token_kl, epsilon, None)]
+    def _summary(self, token_kl: Tensor, epsilon: float, correct: Tensor | None, moved: Tensor | None = None) -> Tensor:
+        """What can be summed over ranks: tokens, their KL, and how many are unsettled, have moved, are not correct."""
+        moved = torch.zeros_like(token_kl[:0]) if moved is None else moved
+        sums = [torch.ones_like(token_kl), token_kl, ~is_settled(token_kl, epsilon, None), moved]
         sums += [] if correct is None else [~correct]
         return torch.stack([values.sum().to(token_kl.dtype) for values in sums])
 
     def _allows(self, summary: Tensor) -> bool:
-        count, total, unsettled, *wrong = summary.tolist()
+        count, total, unsettled, moved, *wrong = summary.tolist()
         return (
-            not (self.settled and unsettled)
+            not moved
+            and not (self.settled and unsettled)
             and not (self.correct and wrong[0])
             and (self.mean is None or count == 0 or total / count <= self.mean)
         )
@@ -145,17 +155,18 @@ def release_when_held(
     hold: Hold,
     correct: Tensor | None,
     group: ProcessGroup | None = None,
+    moved: Tensor | None = None,
 ) -> Tensor:
     """The loss, without an effect on the model if the call is held.
 
     Args:
         loss: of any shape, with its graph.
-        token_kl, epsilon, correct, group: as in `Hold.is_met`.
+        token_kl, epsilon, correct, group, moved: as in `Hold.is_met`.
         hold: when to.
 
     Returns:
         loss itself, or its values as `without_effect` has them.
     """
-    if not loss.requires_grad or not hold.is_met(token_kl, epsilon, correct, group):
+    if not loss.requires_grad or not hold.is_met(token_kl, epsilon, correct, group, moved):
         return loss
     return without_effect(loss)
