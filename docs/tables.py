@@ -19,6 +19,7 @@ import pandas as pd
 from scipy import stats
 
 from overtone.config import PRESETS, RECOMMENDED, OverToneConfig
+from overtone.lab.edit.compared import ABLATIONS, COMPARED
 from overtone.token_loss import parse
 
 ROOT = Path(__file__).parent.parent
@@ -29,30 +30,9 @@ BLOCK = re.compile(r"(?<=^<!-- table )([\w-]+) -->\n.*?(?=^<!-- end of table -->
 MEASURES = {"rel": "Rel", "gen": "Gen", "por": "Por", "loc": "Loc", "average": "average"}
 METHODS = {"lora": "LoRA", "ft-m": "FT-M", "easyedit-ft": "EasyEdit's FT-M", "easyedit-lora": "EasyEdit's LoRA"}
 METHODS |= {"easyedit-melo": "EasyEdit's MELO", "easyedit-wise": "EasyEdit's WISE"}
-LOSSES = (
-    "cross_entropy",
-    "cross_entropy:hold=0.1",
-    "cross_entropy:hold=0.3",
-    "cross_entropy:hold=0.5",
-    "cross_entropy:hold=1",
-    "cross_entropy:hold=correct",
-    "label_smoothing",
-    "overtone",
-    "overtone:hold=settled",
-    "overtone_recommended",
-)
-"""The losses that a table shows, in its order."""
-
-ABLATIONS = (
-    "cross_entropy",
-    "overtone",
-    "overtone:epsilon=0",
-    "overtone:n_sigma=none",
-    "overtone:check=false",
-    "overtone:dynamic=false",
-    "overtone:epsilon=0+check=false",
-    "overtone:lam=1",
-)
+STOPS = ("0.3", "0.5", "1", "correct")
+LOSSES = (*COMPARED[:2], *(f"cross_entropy:hold={stop}" for stop in STOPS), *COMPARED[2:])
+"""The losses that a table shows, in its order: those that the lab compares, and cross-entropy stopped elsewhere."""
 
 Builder = Callable[[], pd.DataFrame]
 TABLES: dict[str, Builder] = {}
@@ -248,19 +228,31 @@ def real_against_best_stop(data: str, title: str) -> pd.DataFrame:
 
 @table
 def gemma_zsre() -> pd.DataFrame:
-    """A real model, KnowEdit's ZsRE."""
-    return of_gemma("zsre")
+    """A real model, KnowEdit's ZsRE, LoRA."""
+    return of_gemma("zsre", "lora")
 
 
 @table
 def gemma_counterfact() -> pd.DataFrame:
-    """A real model, CounterFact."""
-    return of_gemma("counterfact")
+    """A real model, CounterFact, LoRA."""
+    return of_gemma("counterfact", "lora")
 
 
-def of_gemma(data: str) -> pd.DataFrame:
+@table
+def gemma_zsre_ft_m() -> pd.DataFrame:
+    """A real model, KnowEdit's ZsRE, FT-M."""
+    return of_gemma("zsre", "ft-m")
+
+
+@table
+def gemma_counterfact_ft_m() -> pd.DataFrame:
+    """A real model, CounterFact, FT-M."""
+    return of_gemma("counterfact", "ft-m")
+
+
+def of_gemma(data: str, method: str) -> pd.DataFrame:
     """Measures, the average with its interval, KL and steps."""
-    rows = with_titles(read("real/gemma-3-270m-lora").query(f"data == {data!r}"))
+    rows = with_titles(read(f"real/gemma-3-270m-{method}").query(f"data == {data!r}"))
     rows = rows.rename(columns={"low": "average low", "high": "average high"})
     kl = {"KL on locality": rows.kl.map(lambda value: number(value, 2)).tolist()}
     measures = by_measure(rows.dropna(axis=1, how="all"))
@@ -302,7 +294,7 @@ def ablations() -> pd.DataFrame:
     all_rows = read("ablations").query("T == 1")
     parts = []
     for method in ("lora", "ft-m"):
-        rows = shown(all_rows[all_rows.method == method], ABLATIONS)
+        rows = shown(all_rows[all_rows.method == method], ("cross_entropy", "overtone", *ABLATIONS))
         parts.append(columns({"method": [METHODS[method]] * len(rows), "loss": rows.title.tolist()} | by_measure(rows)))
     return pd.concat(parts)
 

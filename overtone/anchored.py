@@ -89,44 +89,52 @@ def anchored_term(logits: Tensor, rows: AnchoredRows) -> tuple[Tensor, AnchoredT
     if not rows.groups:
         return logits, None
     if is_transformed():  # by torch.func, which wants functions of one form
-        scores = logits.to(working_dtype(logits))[rows.numbers]
-        split = scores.split([len(group) for group in rows.groups])
-        kls = [
-            _kl(part.log_softmax(dim=1), group.log_probs.to(part.dtype), group.ids)
-            for part, group in zip(split, rows.groups, strict=True)
-        ]
-        return logits, rows.term(torch.cat(kls))
+        return logits, rows.term(_differentiable_kl(logits.to(working_dtype(logits))[rows.numbers], rows.groups))
     is_trained = torch.is_grad_enabled() and logits.requires_grad
     logits, loss, moved = _AnchoredLogits.apply(logits, rows, is_trained)  # type: ignore[no-untyped-call]
     return logits, AnchoredTerm(loss, moved)
 
 
-def fit_anchored(logits: Tensor, log_probs: Tensor, ids: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
-    """KL ``(B,)`` of rows and its gradient ``(B, V)`` for their logits, both in working precision.
+def fit_anchored(
+    logits: Tensor, log_probs: Tensor, ids: Tensor | None, epsilon: float, factor: float
+) -> tuple[Tensor, Tensor]:
+    """KL ``(B,)`` of rows, and factor times its gradient ``(B, V)`` for their logits, both in working precision.
 
     Args:
         logits: ``(B, V)``.
         log_probs, ids: of these rows, as of `Anchors`.
         epsilon: a row whose KL is below it has a gradient of exact zeros.
+        factor: of the gradient.
     """
     log_pi = logits.to(working_dtype(logits)).log_softmax(dim=1)
     log_probs = log_probs.to(log_pi.dtype)
-    kl = _kl(log_pi, log_probs, ids)
-    if ids is None:
-        gradient = log_pi.exp_().sub_(log_probs.exp())
-    else:
-        rest, probs = log_rest(log_pi, ids), log_probs.exp()
-        share = torch.where(rest == -math.inf, 0, (log_pi - rest).exp()) * probs[:, -1:]
-        gradient = log_pi.exp_().sub_(share.scatter_(1, ids, probs[:, :-1]))
-    return kl, gradient.masked_fill_(is_settled(kl, epsilon, None).unsqueeze(1), 0)
-
-
-def _kl(log_pi: Tensor, log_probs: Tensor, ids: Tensor | None) -> Tensor:
-    if ids is not None:
-        log_pi = torch.cat([log_pi.gather(1, ids), log_rest(log_pi, ids)], dim=1)
     probs = log_probs.exp()
-    # Rounding can leave a KL of 0 a little below it.
-    return torch.where(probs == 0, 0, probs * (log_probs - log_pi)).sum(dim=1).clamp(min=0)
+    if ids is None:
+        kl = _kl(log_pi, log_probs, probs)
+        gradient = log_pi.exp_().sub_(probs)
+    else:
+        rest = log_rest(log_pi, ids)
+        kl = _kl(torch.cat([log_pi.gather(1, ids), rest], dim=1), log_probs, probs)
+        share = torch.where(rest == -math.inf, 0, (log_pi - rest).exp_()).mul_(probs[:, -1:])
+        gradient = log_pi.exp_().sub_(share.scatter_(1, ids, probs[:, :-1]))
+    factors = torch.full_like(kl, factor).masked_fill_(is_settled(kl, epsilon, None), 0)
+    return kl, gradient.mul_(factors.unsqueeze(1))
+
+
+def _kl(log_pi: Tensor, log_probs: Tensor, probs: Tensor) -> Tensor:
+    terms = (log_probs - log_pi).mul(probs).masked_fill(probs == 0, 0)
+    return terms.sum(dim=1).clamp(min=0)  # rounding can leave a KL of 0 a little below it
+
+
+def _differentiable_kl(scores: Tensor, groups: tuple[Anchors, ...]) -> Tensor:
+    """KL ``(A,)`` of the rows of all groups, with a graph of torch's own."""
+    kls = []
+    for own, group in zip(scores.split([len(group) for group in groups]), groups, strict=True):
+        log_pi, log_probs = own.log_softmax(dim=1), group.log_probs.to(own.dtype)
+        if group.ids is not None:
+            log_pi = torch.cat([log_pi.gather(1, group.ids), log_rest(log_pi, group.ids)], dim=1)
+        kls.append(_kl(log_pi, log_probs, log_probs.exp()))
+    return torch.cat(kls)
 
 
 class _AnchoredLogits(torch.autograd.Function):
@@ -143,9 +151,11 @@ class _AnchoredLogits(torch.autograd.Function):
             for block in row_blocks(len(group), logits):
                 here = slice(start + block.start, start + block.stop)
                 ids = None if group.ids is None else group.ids[block]
-                kl[here], unweighted = fit_anchored(logits[numbers[here]], group.log_probs[block], ids, rows.epsilon)
+                kl[here], own_gradient = fit_anchored(
+                    logits[numbers[here]], group.log_probs[block], ids, rows.epsilon, factor / rows.largest * ctx.scale
+                )
                 if gradient is not None:
-                    gradient[here] = unweighted.mul_(factor / rows.largest * ctx.scale)
+                    gradient[here] = own_gradient
             start += len(group)
         term = rows.term(kl)
         ctx.largest = rows.largest
@@ -159,7 +169,7 @@ class _AnchoredLogits(torch.autograd.Function):
         ctx: Any, grad_logits: Tensor | None, grad_loss: Tensor | None, _: None
     ) -> tuple[Tensor | None, None, None]:
         logits, numbers, gradient = ctx.saved_tensors
-        if grad_loss is None or gradient is None:
+        if grad_loss is None or gradient is None or grad_loss.item() == 0:  # 0 times NaN would be NaN
             return grad_logits, None, None
         # What comes from the targets belongs to nobody else; in a graph of gradients it may not change.
         if grad_logits is None:
@@ -168,7 +178,7 @@ class _AnchoredLogits(torch.autograd.Function):
             grad_logits = grad_logits.clone()
         factor = grad_loss * (ctx.largest / ctx.scale)
         for block in row_blocks(len(numbers), logits):
-            weighted = torch.where(factor == 0, 0, gradient[block].to(factor.dtype) * factor)
+            weighted = gradient[block].to(factor.dtype) * factor
             grad_logits.index_add_(0, numbers[block], weighted.to(logits.dtype))
         if torch.is_grad_enabled():
             grad_logits = refuse_second_derivative(grad_logits, logits)

@@ -67,10 +67,9 @@ class _AnchoredLayer(torch.autograd.Function):
                 logits = torch.nn.functional.linear(picked[here], weight, bias)
                 for block in row_blocks(len(logits), logits):
                     ids = None if group.ids is None else group.ids[own][block]
-                    kl[here][block], unweighted = fit_anchored(
-                        logits[block], group.log_probs[own][block], ids, rows.epsilon
+                    kl[here][block], logits[block] = fit_anchored(
+                        logits[block], group.log_probs[own][block], ids, rows.epsilon, factor / rows.largest
                     )
-                    logits[block] = unweighted.mul_(factor / rows.largest)
                 if hidden_gradient is not None:
                     torch.mm(logits, weight, out=hidden_gradient[here])
                 if weight_gradient is not None:
@@ -90,7 +89,7 @@ class _AnchoredLayer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, numbers, *own = ctx.saved_tensors
         *of_targets, grad_loss, _ = grads
-        if grad_loss is None:
+        if grad_loss is None or grad_loss.item() == 0:  # 0 times NaN would be NaN
             return *of_targets, None, None, None
         factor = grad_loss * ctx.largest
         totals: list[Tensor | None] = []
@@ -103,7 +102,7 @@ class _AnchoredLayer(torch.autograd.Function):
                 total = torch.zeros_like(like)
             elif torch.is_grad_enabled():
                 total = total.clone()
-            weighted = torch.where(factor == 0, 0, gradient.to(factor.dtype) * factor).to(like.dtype)
+            weighted = (gradient.to(factor.dtype) * factor).to(like.dtype)
             if like is hidden:
                 total.index_add_(0, numbers, weighted)
             else:

@@ -131,5 +131,5 @@ def reduce_tokens(token_loss: Tensor, counted: Tensor, reduction: Reduction) -> 
     """Reduce ``(N,)`` losses, zero where not counted, as CrossEntropyLoss does; the mean over no token is 0."""
     if reduction == "none":
         return token_loss
-    total = token_loss.sum()
-    return total if reduction == "sum" else total / counted.sum().clamp(min=1)
+    # Divided first: a banned label costs as much as float32 can hold, and a sum of two would be infinite.
+    return token_loss.sum() if reduction == "sum" else (token_loss / counted.sum().clamp(min=1)).sum()

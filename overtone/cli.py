@@ -138,6 +138,12 @@ def _add_grid(parser: argparse.ArgumentParser, *, out: str) -> None:
         "perplexity are left out (default: 8 for a named model, else 1)",
     )
     parser.add_argument(
+        "--generate",
+        action="store_true",
+        default=None,
+        help="where edits share a pass, also count the answers that the edited model says in its own words",
+    )
+    parser.add_argument(
         "--only-known", action="store_true", default=None, help="edit only facts that the named model knows"
     )
     parser.add_argument("--losses", nargs="+", help="by spaces; see overtone bench --help")
@@ -249,7 +255,7 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the command line changes of a preset."""
     names = (
         *("data", "size", "model", "dtype", "arch", "methods", "losses", "lengths", "edits", "seeds"),
-        *("lrs", "at_once", "only_known"),
+        *("lrs", "at_once", "generate", "only_known"),
     )
     changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if isinstance(changes.get("seeds"), int):

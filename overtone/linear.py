@@ -208,6 +208,8 @@ def _check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size
             "weight must be (V, H) for hidden (..., H), "
             f"got weight {tuple(weight.shape)} for hidden {tuple(hidden.shape)}"
         )
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"hidden must have features in its last dimension, got shape {tuple(hidden.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({len(weight)},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):

@@ -213,6 +213,11 @@ class OverToneLoss(nn.Module):
         weight, label_smoothing, size_average, reduce: there so that a call written for CrossEntropyLoss is understood;
             any value but CrossEntropyLoss's default raises a ValueError, since the loss could not honour it.
         hold_group, shard: as in `overtone_loss`.
+
+    Raises:
+        TypeError: for a config that is no OverToneConfig, or an ignore_index that is no integer.
+        ValueError: for another reduction, and for what CrossEntropyLoss has and this loss does not. The call raises as
+            `overtone_loss` does.
     """
 
     def __init__(
@@ -257,7 +262,7 @@ class OverToneLoss(nn.Module):
         reference_logits: Tensor | None = None,
         anchors: AnchorValue = None,
     ) -> Tensor:
-        """The loss of logits ``(..., V)`` and labels ``(...)``; see `overtone_loss`."""
+        """The loss of logits ``(..., V)`` and labels ``(...)``; arguments, result and errors are `overtone_loss`'s."""
         return overtone_loss(
             logits,
             labels,

@@ -187,6 +187,16 @@ class TestValue:
         assert gradient[0, 0].isnan().any()
         assert gradient[0, 1:].isfinite().all()
 
+    def test_counts_for_nothing_where_the_loss_does(self):
+        """A loss that is NaN, times 0, gives zeros as without anchors."""
+        logits, before, labels = call()
+        hidden, weight, _, _, _ = layer()
+        logits[0, 0, 3] = hidden[0, 0, 3] = math.nan
+        for loss, args in ((overtone_loss, (logits, labels)), (linear_overtone_loss, (hidden, weight, labels))):
+            leaf = args[0].clone().requires_grad_()
+            (0 * loss(leaf, *args[1:], anchors=Anchors.record(before, PROMPT), anchor=1.0)).backward()
+            assert not leaf.grad.any()
+
     def test_half_precision_keeps_what_a_loss_scale_saves(self):
         """Gradients that float16 could not hold without the scale of a GradScaler."""
         logits, before, labels = call(torch.float16)

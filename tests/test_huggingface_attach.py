@@ -46,16 +46,6 @@ class Seen:
         self.steps += 1
 
 
-@pytest.fixture
-def model() -> Any:
-    return tiny_models.build()
-
-
-@pytest.fixture
-def batch(model: Any) -> dict[str, torch.Tensor]:
-    return tiny_models.ragged_batch(model)
-
-
 class TestLoss:
     @pytest.mark.parametrize("arch", tiny_models.ARCHITECTURES)
     def test_is_the_reference_on_the_same_tokens(self, arch):

@@ -158,6 +158,17 @@ class TestDecisions:
         torch.testing.assert_close(gradient, expected_gradient)
         assert gradient[0, 1] == pytest.approx(logits[0].softmax(dim=0)[1].item())
 
+    @every_kernel
+    @pytest.mark.parametrize("banned", [1, 2, 4])
+    def test_mean_over_labels_that_are_banned_with_a_number(self, loss, banned):
+        """Each costs as much as float32 can hold; their mean is no more than that."""
+        logits, labels = draw_tokens(4, 7, dtype=torch.float32)
+        logits[range(banned), labels[:banned]] = torch.finfo(torch.float32).min
+        value, gradient = value_and_gradient(loss, logits, labels)
+        expected, expected_gradient = value_and_gradient(reference_loss, logits.double(), labels)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-7)
+
 
 class TestPrecision:
     @every_kernel

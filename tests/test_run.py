@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import mini_lab
 import pytest
 import torch
 
+import overtone
 from overtone import cli
 from overtone.config import RECOMMENDED
 from overtone.lab.data.corpora import CORPORA
@@ -22,6 +24,7 @@ from overtone.lab.edit.compared import COMPARED
 from overtone.lab.edit.easyedit.algorithms import ALGORITHMS
 from overtone.lab.edit.methods import METHODS
 from overtone.lab.edit.sessions import WeightSession
+from overtone.lab.model.completion import complete
 from overtone.lab.model.sources import NamedModel
 from overtone.lab.model.training import ARCHITECTURES
 from overtone.lab.model.workplace import NotRestoredError, Workplace
@@ -31,7 +34,6 @@ from overtone.lab.run.run import Run
 from overtone.lab.run.settings import GRIDS, RunSettings, preset
 from overtone.lab.run.sharding import Rank
 from overtone.lab.run.task import SequenceTask
-from overtone.lab.score.completion import complete
 from overtone.token_loss import parse
 
 ALONE = Rank(0, 1)
@@ -259,11 +261,19 @@ class TestResume:
         begun(settings(model), tmp_path)
         with monkeypatch.context() as patch:
             patch.setattr(run, "version", lambda name: "0")
+            patch.setattr(run, "__version__", "0")
             with pytest.raises(ValueError, match="another version of overtone, version of peft, "):
                 begun(settings(model), tmp_path)
         monkeypatch.setitem(RECOMMENDED, "ft-m", {})
         with pytest.raises(ValueError, match="another recommended setting of ft-m: choose another folder"):
             begun(settings(model), tmp_path)
+
+    def test_asks_no_installation_for_its_own_version(self, model, corpora, tmp_path, monkeypatch):
+        """A checkout that was never installed has a version, too."""
+        installed = importlib.metadata.version
+        monkeypatch.setattr(run, "version", lambda name: None if name == "overtone" else installed(name))
+        begun(settings(model), tmp_path)
+        assert json.loads((tmp_path / HEADER).read_text())["versions"]["overtone"] == overtone.__version__
 
     def test_refuses_other_edits(self, model, corpora, tmp_path, monkeypatch):
         finish(settings(model, lengths=(1,)), tmp_path)
@@ -300,14 +310,25 @@ class TestSharedPasses:
     def test_ranks_do_not_part_what_shares_a_pass(self, model, corpora, tmp_path):
         grid = settings(model, at_once=2, lengths=(1,), edits=4)
         shares = [begun(grid, tmp_path, Rank(rank, 2)).left() for rank in (0, 1)]
-        assert [sorted({task.sequence for task in share}) for share in shares] in ([[0, 1], [2, 3]], [[2, 3], [0, 1]])
-        assert all(len(share) == 4 for share in shares)
+        assert [len(share) for share in shares] == [4, 4]
+        for share in shares:
+            for loss in {task.loss for task in share}:
+                assert {task.sequence for task in share if task.loss == loss} in ({0, 1}, {2, 3}, {0, 1, 2, 3})
 
     def test_what_is_finished_is_not_made_again(self, model, corpora, tmp_path):
         grid = settings(model, at_once=2, lengths=(1,), edits=4)
         started = begun(grid, tmp_path)
         next(started.perform())
         assert finish(grid, tmp_path)[0] == started.plan.edits - 1
+
+    def test_what_edited_models_say_is_asked_for_and_never_mixed_with_what_was_not(self, model, corpora, tmp_path):
+        grid = settings(model, at_once=2, lengths=(1,), edits=2)
+        finish(dataclasses.replace(grid, generate=True), tmp_path)
+        assert all({"rel", "gen"} <= record.scores.said.keys() for record in stored(tmp_path)[1])
+        with pytest.raises(ValueError, match="another choice of --generate: choose another folder"):
+            begun(grid, tmp_path)
+        with pytest.raises(ValueError, match="generate is for edits that share a pass, but at_once is 1"):
+            Run(settings(model, generate=True), tmp_path, shard=ALONE)
 
     def test_only_facts_that_the_model_knows(self, model, corpora, tmp_path, monkeypatch):
         monkeypatch.setattr(NamedModel, "knows", lambda _, edits: [edit.target_new != " dan" for edit in edits])
@@ -318,11 +339,11 @@ class TestSharedPasses:
         ):
             Run(settings(model, lengths=(1,), edits=4, only_known=True), tmp_path, shard=ALONE)
 
-    def test_knows_is_what_generation_begins_with(self, model):
+    def test_knows_is_what_generation_begins_with_as_normalised_text(self, model):
         source = NamedModel(model)
         workplace = source.open(MiniCorpus(), 0).workplace
         (said,) = complete(workplace.model, workplace.tokenizer, [mini_lab.edit().prompt], 1)
-        known = dataclasses.replace(mini_lab.edit(), target_old=f" {said}")
+        known = dataclasses.replace(mini_lab.edit(), target_old=f" The {said.upper()}")
         unknown = dataclasses.replace(mini_lab.edit(), target_old=" tea" if said != "tea" else " milk")
         unnamed = dataclasses.replace(mini_lab.edit(), target_old="")
         assert source.knows([unknown, known, unnamed]) == [False, True, False]

@@ -15,12 +15,12 @@ from torch.utils.hooks import RemovableHandle
 from overtone.config import OverToneConfig
 from overtone.huggingface.attached_loss import AttachedLoss
 from overtone.huggingface.calls import Calls
-from overtone.huggingface.forward import RECORD, WatchedForward, refuse_wrapper, unwatch, watch
+from overtone.huggingface.forward import RECORD, WatchedForward, unwatch, watch
 from overtone.huggingface.fused_head import FusedHead, refuse_unfusable_model, spreads_vocabulary
 from overtone.huggingface.holding import cut_off_added_terms
 from overtone.huggingface.loss import EvalLoss, Observer, check_eval_loss, checked_config
 from overtone.huggingface.verification import find_causal_lm, refuse_unsupported_model, verify_loss_is_called
-from overtone.huggingface.wrappers import keeps_forward_of, peft_wrappers
+from overtone.huggingface.wrappers import keeps_forward_of, peft_wrappers, refuse_replaced_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -162,7 +162,7 @@ def attach(
     refuse_unsupported_model(causal_lm)
     wrappers = list(peft_wrappers(model, causal_lm))
     for wrapper in wrappers:
-        refuse_wrapper(wrapper, causal_lm, can_be_held=False)
+        refuse_replaced_loss(wrapper)
     verify_loss_is_called(causal_lm, inside=model)
     if fused is None:
         fused = observer is None and spreads_vocabulary(causal_lm)

@@ -90,6 +90,12 @@ def causal_lm_loss_of_hidden(
         head: the output layer, of H inputs and V outputs.
         labels, config, num_items_in_batch, shift_labels, loss_mask, ignore_index, hold_group: as in
             `causal_lm_loss`.
+
+    Returns:
+        As `causal_lm_loss`.
+
+    Raises:
+        ValueError, TypeError: as `causal_lm_loss`, and `overtone.linear_overtone_loss` for the layer.
     """
     shape_of_logits = hidden.new_empty(()).expand(*hidden.shape[:-1], head.out_features)
     next_tokens, weights = _next_tokens(shape_of_logits, labels, shift_labels, loss_mask, ignore_index)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Family:
         distance_of = first.distance or first.token_loss
 
         @torch.no_grad()
-        def held(_: float, logits: Tensor) -> list[str]:
+        def held(_: float, logits: Tensor, __: Sequence[int]) -> list[str]:
             distance, correct = distance_of(logits, labels), ground_truth_check(logits, labels)
             return [n for n, loss in self._losses.items() if loss.hold.is_met_here(distance, loss.epsilon, correct)]
 

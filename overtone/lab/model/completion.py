@@ -9,6 +9,9 @@ import torch
 
 from overtone.lab.data.edit import Probe
 
+MORE_TOKENS = 4
+"""For an article, a quotation mark, or an answer in other tokens than the tokenizer's."""
+
 
 @torch.no_grad()
 def complete(
@@ -38,6 +41,12 @@ def complete(
     )
     new_tokens = generated[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+
+
+def complete_for(model: Any, tokenizer: Any, probes: Sequence[Probe]) -> list[str]:
+    """Greedy completions of the probes' prompts, with room for a few tokens more than the longest answer takes."""
+    answers = [tokenizer(answer, add_special_tokens=False).input_ids for probe in probes for answer in probe.answers]
+    return complete(model, tokenizer, [probe.prompt for probe in probes], max(map(len, answers)) + MORE_TOKENS)
 
 
 def is_exact_match(completion: str, probe: Probe) -> bool:

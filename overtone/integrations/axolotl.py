@@ -1,0 +1,45 @@
+"""axolotl: `plugins: [overtone.integrations.axolotl.OverTonePlugin]`, and the key `overtone` that switches it on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel
+
+from overtone.integrations.callback import OverToneCallback
+from overtone.integrations.settings import read_settings, require
+
+__all__ = ["OverToneArgs", "OverTonePlugin"]
+
+_NEEDED = {
+    **dict.fromkeys(("cut_cross_entropy", "chunked_cross_entropy", "use_eaft"), False),
+    **dict.fromkeys(("liger_cross_entropy", "liger_fused_linear_cross_entropy"), False),
+    "context_parallel_size": 1,
+    "rl": None,
+}
+
+
+class OverToneArgs(BaseModel):
+    """The key: `overtone:lam=0.5+hold=settled`, a mapping with the fields, or nothing for axolotl's own loss."""
+
+    overtone: str | dict[str, Any] | None = None
+
+
+class OverTonePlugin(BasePlugin):  # type: ignore[misc]
+    """Attaches the loss to the model when training begins."""
+
+    def get_input_args(self) -> str:
+        """Where axolotl finds the plugin's keys."""
+        return "overtone.integrations.axolotl.OverToneArgs"
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        """Refuse what would compute another loss, before anything is loaded."""
+        if cfg.get("overtone") is None:
+            return
+        read_settings(cfg["overtone"])
+        require({name: value for name, value in cfg.items() if value is not None}, **_NEEDED)
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        """The callback that attaches the loss, if the key is there."""
+        return [] if cfg.overtone is None else [OverToneCallback(cfg.overtone)]
