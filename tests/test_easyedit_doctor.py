@@ -116,6 +116,18 @@ class TestTraps:
         else:
             assert not any("total_step" in line for line in found(config_of("lora", lora_type="adalora")))
 
+    def test_an_anchors_floor_keeps_a_trainer_from_stopping(self):
+        for name, message in (("ft-m", "FT-M stops below a mean loss"), ("wise", "WISE stops at a total loss")):
+            unheld = found(config_of(name, token_loss="cross_entropy:anchor=1"))
+            assert any(message in line and "floor of 0.05" in line for line in unheld)
+            held = config_of(name, token_loss="cross_entropy:anchor=1+hold=1")
+            low = config_of(name, token_loss="cross_entropy:anchor=1+anchor_epsilon=0.001")
+            assert not any(message in line for line in found(held) + found(low))
+
+    def test_an_anchor_where_no_prompt_leads_to_the_target(self):
+        config = {"alg_name": "ROME", "model_name": "llama", "token_loss": "overtone:anchor=1"}
+        assert any("anchor=1 is for trainers" in line for line in fatal(config))
+
     def test_qlora(self):
         config = {"alg_name": "QLoRA", "model_name": "llama", "token_loss": "overtone"}
         assert any("labels do not follow the prompt" in line for line in found(config))
