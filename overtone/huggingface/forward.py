@@ -19,6 +19,7 @@ from torch import nn
 
 from overtone.huggingface.calls import Call
 from overtone.huggingface.holding import cut_off_added_terms, cut_off_output
+from overtone.huggingface.reference import Batch
 from overtone.huggingface.trainers import calling_frames, calling_trainer, items_that_count, smooths_labels, trains
 from overtone.huggingface.verification import WAY_OUT, bypassing_loss, can_be_asked_for_logits
 from overtone.huggingface.wrappers import added_loss, for_virtual_tokens, refuse_replaced_loss
@@ -66,6 +67,8 @@ class WatchedForward:
             kwargs = {**kwargs, "skip_logits": False}
 
         call = Call(outer=record.calls.current)
+        if record.has_anchors or "reference_logits" in kwargs:
+            kwargs = _take_batch(call, record, self, args, kwargs)
         record.calls.current = call
         try:
             if record.fused_head is not None:
@@ -233,6 +236,23 @@ def _with_whole_mask(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 _items_that_count = torch.compiler.disable(items_that_count)
+
+
+def _take_batch(
+    call: Call, record: Record, forward: WatchedForward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Keep for anchors what a forward is called with; the arguments without reference_logits, which no model takes."""
+    kwargs = dict(kwargs)
+    logits = kwargs.pop("reference_logits", None)
+    if logits is not None and all(layer.function.reference != "logits" for layer in record.layers):
+        raise ValueError(
+            f"reference_logits must be None for {type(forward.model).__name__}: its loss is not attached with "
+            "reference='logits'"
+        )
+    if logits is None and call.outer is not None and call.outer.batch is not None:
+        logits = call.outer.batch.reference_logits
+    call.batch = Batch(forward.model, forward.forward, args, kwargs, logits)
+    return kwargs
 
 
 def _has_loss(output: Any) -> bool:

@@ -105,12 +105,12 @@ class EditLoss:
             return loss, False
         return loss, loss.requires_grad and self.hold.is_met_here(distance, self.epsilon, correct, moved)
 
-    def mean(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def mean(self, logits: Tensor, labels: Tensor, *, anchored: AnchoredTerm | None = None) -> Tensor:
         """The mean over the tokens, 0 if there is none; of a held step cut off from the model.
 
         `backward()` works on either, but a held step leaves every `.grad` as it was: after ``zero_grad()`` they all are
         None, an optimiser skips its step, and a loop can end.
         """
-        loss, held = self(logits, labels)
+        loss, held = self(logits, labels, anchored=anchored)
         mean = loss.sum() / max(len(labels), 1)
         return without_effect(mean) if held else mean
