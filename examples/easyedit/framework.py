@@ -45,6 +45,15 @@ def load_config(path: Path, model: str | None = None, **changes: Any) -> Config:
     return config
 
 
+def with_changes(config: Config, changes: str) -> Config:
+    """The config with values as a command line spells them, in JSON: ``act_ratio=0.5;layers=[2,3]``."""
+    for change in filter(None, changes.split(";")):
+        name, _, value = change.partition("=")
+        section = config["grace"] if config["alg_name"] == "MELO" and name in config["grace"] else config
+        section[name] = json.loads(value)
+    return config
+
+
 def fit_to_model(config: Config, model: str) -> None:
     """Point the file at another model: its path everywhere, its depth where a layer is named, the CPU without CUDA."""
     depth = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
