@@ -20,6 +20,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+RESHARDS_BY_ITSELF: ContextVar[bool] = ContextVar("overtone_reshards_by_itself", default=False)
+"""Whether who asks for a loss sees to FSDP2's weights after a held step."""
+
+_FSDP2_NODE = "RegisterPostBackwardFunction"
+
 
 def without_effect(loss: Tensor) -> Tensor:
     """The same values, whose `backward` works and changes no gradient.
@@ -41,12 +46,6 @@ def without_effect(loss: Tensor) -> Tensor:
             zeroed: Tensor = _ZeroGradient.apply(loss)  # type: ignore[no-untyped-call]
             return zeroed
     return loss.detach().requires_grad_().clone()
-
-
-RESHARDS_BY_ITSELF: ContextVar[bool] = ContextVar("overtone_reshards_by_itself", default=False)
-"""Whether who asks for a loss sees to FSDP2's weights after a held step."""
-
-_FSDP2_NODE = "RegisterPostBackwardFunction"
 
 
 def sends_nothing(node: torch.autograd.graph.Node) -> bool:

@@ -260,7 +260,7 @@ def reference_loss(
     )
     kl = kl.where(counted, 0)
     correct = ground_truth_check(scores.detach(), truth) if holding.correct else counted
-    token_loss = torch.where(counted & correct & (kl < epsilon), epsilon, kl)
+    token_loss = torch.where(counted & correct & (kl < epsilon), epsilon, kl) if epsilon > 0 else kl
     loss = token_loss.reshape(labels.shape)
     if reduction != "none":
         loss = token_loss.sum() / (counted.sum().clamp(min=1) if reduction == "mean" else 1)

@@ -192,7 +192,7 @@ def _by_definition(
     kl = reference_loss(logits, labels, epsilon=0.0, ignore_index=ignore_index, reduction="none", **target)
     counted = labels != ignore_index
     correct = ground_truth_check(logits.detach(), labels.where(counted, 0).long()) if hold.correct else None
-    settled = counted & is_settled(kl, epsilon, correct)
+    settled = counted & is_settled(kl.clamp(min=0), epsilon, correct)  # a KL near 0 may be rounded to below it
     loss = reduce_tokens(torch.where(settled, epsilon, kl), counted, reduction)
     if term is not None:
         loss = loss + term.loss

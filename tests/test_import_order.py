@@ -36,7 +36,8 @@ def imports(root, package):
                 and f"{node.module}.".startswith(f"{package}.")
             ):
                 inside = node.module.split(".")[package.count(".") + 1 :]
-                yield from ((importing, part) for part in (inside[:1] or [alias.name for alias in node.names]))
+                parts = inside[:1] or [alias.name for alias in node.names]
+                yield from ((importing, part) for part in parts if not part.startswith("__"))
 
 
 def against(order, found):

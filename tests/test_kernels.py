@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradients import value_and_gradient
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from kernel_cases import (
     FLOATS,
     KERNELS,
@@ -24,10 +24,18 @@ from overtone.functional import reference_loss
 from overtone.kernels import Clip, Target
 from overtone.kernels import torch as torch_kernel
 
+BELOW_ZERO = (
+    torch.tensor([[-math.inf, 0.0, 1.0, -1.0]], dtype=torch.float64),
+    torch.tensor([1]),
+    {"epsilon": 0.0, "n_sigma": None, "lam": 1e-9, "check": False, "reduction": "none"},
+)
+"""A KL that the literal loss rounds to a little below 0, with a gradient that is not 0."""
+
 
 class TestAgainstTheReference:
     @settings(max_examples=500, deadline=None)
     @given(problems())
+    @example(BELOW_ZERO)
     def test_value_and_gradient_are_equal_to_1e_12(self, problem):
         """Wherever rounding does not decide a branch, for any settings, ties, banned tokens and ignored rows."""
         logits, labels, arguments = problem

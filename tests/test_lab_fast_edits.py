@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from overtone.lab.edit.batched_lora import BatchedLora
 from overtone.lab.edit.cached_ft import CachedDownProjection
-from overtone.lab.edit.fit import fit
+from overtone.lab.edit.fit import fit, target_loss
 from overtone.lab.edit.many import fit_many, target_job, target_texts
 from overtone.lab.edit.weights import open_down_projection, open_lora
 from overtone.lab.model.fingerprint import fingerprint
@@ -34,7 +34,7 @@ LOSSES = {"cross-entropy": F.cross_entropy, "held": parse("overtone:epsilon=1.5+
 def weights_one_by_one(model, method, seed, batch, token_loss, **settings):
     opening = METHODS[method][0]
     with opening(model, seed=seed) if method == "lora" else opening(model) as parameters:
-        trace = fit(model, parameters, batch, token_loss, **settings)
+        trace = fit(parameters, target_loss(model, batch, token_loss), **settings)
         return torch.cat([parameter.detach().flatten() for parameter in parameters]), trace
 
 

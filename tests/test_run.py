@@ -6,8 +6,10 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import MappingProxyType
 
 import mini_lab
@@ -97,6 +99,22 @@ def finish(grid, out, shard=ALONE):
     """All there is left to do in a folder; how many edits that was, and the run."""
     started = begun(grid, out, shard)
     return sum(started.perform()), started
+
+
+@pytest.fixture(scope="session")
+def finished_folder(model, tmp_path_factory):
+    """The grid of `settings`, made once; not to be written to."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "open_corpus", lambda *arguments, **others: MiniCorpus())
+        finish(settings(model), folder)
+    return folder
+
+
+@pytest.fixture
+def finished(finished_folder, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(finished_folder, tmp_path / "finished"))
 
 
 def stored(out):
@@ -238,23 +256,21 @@ class TestRun:
 
 
 class TestResume:
-    def test_what_is_finished_is_not_made_again(self, model, corpora, tmp_path):
+    def test_what_is_finished_is_not_made_again(self, model, corpora, finished):
         """A finished run has nothing left; a larger one makes what is new, a smaller one loses nothing."""
-        made, first = finish(settings(model), tmp_path)
-        assert finish(settings(model), tmp_path)[0] == 0
+        assert finish(settings(model), finished)[0] == 0
         more = ("overtone", "cross_entropy", "overtone_held")
-        assert finish(settings(model, losses=more), tmp_path)[0] == 3 + 2
-        assert finish(settings(model, losses=("overtone_held",), lengths=(2,)), tmp_path)[0] == 0
-        assert len(first.results.read_all()[1]) == made + 5
+        assert finish(settings(model, losses=more), finished)[0] == 3 + 2
+        assert finish(settings(model, losses=("overtone_held",), lengths=(2,)), finished)[0] == 0
+        assert len(stored(finished)[1]) == 2 * (3 + 2) + 5
 
-    def test_refuses_another_model_and_keeps_the_results(self, model, corpora, tmp_path):
-        finish(settings(model), tmp_path / "out")
-        before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    def test_refuses_another_model_and_keeps_the_results(self, corpora, finished, tmp_path):
+        before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
         mini_lab.random_model(seed=1).save_pretrained(tmp_path / "other")
         mini_lab.tokenizer().save_pretrained(tmp_path / "other")
         with pytest.raises(ValueError, match="another fingerprint of short with seed 0: choose another folder"):
-            finish(settings(str(tmp_path / "other")), tmp_path / "out")
-        assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+            finish(settings(str(tmp_path / "other")), finished)
+        assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
     def test_refuses_other_versions_and_recommended_settings(self, model, corpora, tmp_path, monkeypatch):
         """One name would stand for two losses."""
@@ -275,12 +291,11 @@ class TestResume:
         begun(settings(model), tmp_path)
         assert json.loads((tmp_path / HEADER).read_text())["versions"]["overtone"] == overtone.__version__
 
-    def test_refuses_other_edits(self, model, corpora, tmp_path, monkeypatch):
-        finish(settings(model, lengths=(1,)), tmp_path)
+    def test_refuses_other_edits(self, model, corpora, finished, monkeypatch):
         edits = MiniCorpus.edits
         monkeypatch.setattr(MiniCorpus, "edits", lambda self, count, *, seed: edits(self, 4, seed=seed)[::-1][:count])
         with pytest.raises(ValueError, match="holds other edits of short"):
-            begun(settings(model, lengths=(1,)), tmp_path)
+            begun(settings(model), finished)
 
 
 class TestSharedPasses:
@@ -342,7 +357,7 @@ class TestSharedPasses:
     def test_knows_is_what_generation_begins_with_as_normalised_text(self, model):
         source = NamedModel(model)
         workplace = source.open(MiniCorpus(), 0).workplace
-        (said,) = complete(workplace.model, workplace.tokenizer, [mini_lab.edit().prompt], 1)
+        (said,) = complete(workplace.model, workplace.tokenizer, [mini_lab.edit().prompt], 2)
         known = dataclasses.replace(mini_lab.edit(), target_old=f" The {said.upper()}")
         unknown = dataclasses.replace(mini_lab.edit(), target_old=" tea" if said != "tea" else " milk")
         unnamed = dataclasses.replace(mini_lab.edit(), target_old="")
@@ -350,9 +365,8 @@ class TestSharedPasses:
 
 
 class TestShards:
-    def test_ranks_write_what_one_process_writes(self, model, corpora, tmp_path):
+    def test_ranks_write_what_one_process_writes(self, model, corpora, finished_folder, tmp_path):
         """And the first one waits for the other; a number of ranks may go on with what another number has left."""
-        finish(settings(model), tmp_path / "alone")
         made, first = finish(settings(model), tmp_path / "ranks", Rank(0, 2))
         waiting = first.wait_for_others(every=0.0)
         assert next(waiting) == made < first.plan.edits
@@ -361,7 +375,7 @@ class TestShards:
         assert left == {task.key for task in first.plan.tasks if not first.results.has(task.key)}
         finish(settings(model), tmp_path / "ranks", Rank(1, 2))
         assert list(waiting)[-1] == first.plan.edits
-        assert stored(tmp_path / "ranks") == stored(tmp_path / "alone")
+        assert stored(tmp_path / "ranks") == stored(finished_folder)
 
 
 def bench_command(out, model, *extra):
@@ -391,6 +405,23 @@ class TestCommand:
         assert names == {HEADER, EDITS, "report.md", "table1.csv", "forgetting.csv", "figures"}
         assert len(stored(in_one_go)[1]) == 2 * (2 + 2)
 
+    def test_two_ranks_write_the_same(self, model, in_one_go, tmp_path, monkeypatch):
+        """By the variables that torchrun sets; the second rank in a process of its own."""
+        command = bench_command(tmp_path, model)
+        of_two = {"WORLD_SIZE": "2", "RANK": "1"}
+        subprocess.run(
+            [sys.executable, "-m", "overtone", *command],
+            env={**self.ENVIRONMENT, **of_two},
+            check=True,
+            capture_output=True,
+        )
+        assert 0 < len(list((tmp_path / EDITS).iterdir())) < len(list((in_one_go / EDITS).iterdir()))
+        for name, value in (of_two | {"RANK": "0"}).items():
+            monkeypatch.setenv(name, value)
+        assert cli.main(command) == 0
+        assert stored(tmp_path) == stored(in_one_go)
+
+    @pytest.mark.slow
     def test_two_ranks_of_torchrun_write_the_same(self, model, in_one_go, tmp_path):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*launch, "-m", "overtone", *bench_command(tmp_path, model)]

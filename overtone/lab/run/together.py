@@ -113,7 +113,8 @@ class TogetherTask:
             start = weights[task.key] if position else opened.start(task.first_index)
             batch = encode_targets(workplace.tokenizer, task.edits[position].pairs, workplace.model.device)
             # Adam's steps would vanish in the rounding of half-precision weights.
-            jobs.append(family.job(batch, start.float() if start.dtype.itemsize < 4 else start))
+            start = start.float() if start.dtype.itemsize < 4 else start
+            jobs.append(family.job(batch, start, workplace.tokenizer.bos_token_id))
             of_runs.append(family)
         made = fit_many(workplace.model, opened, jobs, steps=settings.steps, lr=settings.lr, at_once=self.at_once)
         for tasks, family, edit in zip(self.runs, of_runs, made, strict=True):
