@@ -206,6 +206,16 @@ class TestAttached:
             outputs = model(**batch)
         torch.testing.assert_close(outputs.loss, expected + 0.5 * outputs.aux_loss)
 
+    def test_a_batch_without_prompts_is_not_passed_over_in_silence(self):
+        """Labels that are the inputs, as collators for language modelling give them, leave nothing to keep."""
+        model = lora(tiny_models.build())
+        batch = batch_of(model)
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        with attach(model):
+            expected = model(**batch).loss
+        with attach(model, CONFIG, reference="adapter"), pytest.warns(UserWarning, match="the anchor keeps nothing"):
+            assert model(**batch).loss == expected
+
     def test_waits_with_a_hold(self):
         """Targets that are settled do not hold a step in which the prompt has moved away."""
         model = lora(tiny_models.build(sharpness=3))

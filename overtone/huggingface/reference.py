@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,6 +126,12 @@ def record_anchors(
     inputs = batch.inputs
     at = positions_that_stay(inputs, labels, shift_labels, ignore_index, getattr(batch.model, "config", None))
     at = at.to(like.device)
+    if not at.any():
+        warnings.warn(
+            "the anchor keeps nothing in a batch in which every token is a target or leads to one: give the prompts' "
+            "tokens the label -100",
+            stacklevel=2,
+        )
     if reference == "adapter":
         with evaluating(batch.model), without_adapters(batch.model):
             if fused_head is not None:
