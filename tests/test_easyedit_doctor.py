@@ -151,6 +151,15 @@ class TestTraps:
         assert any("not the last of the model's 6 layers" in line for line in found({**config, "v_loss_layer": 4}))
         assert not any("cut short" in line for line in found({**config, "model_name": "llama", "v_loss_layer": 4}))
 
+    def test_a_models_own_code_is_not_asked_about(self, tmp_path, monkeypatch):
+        """transformers would wait at the terminal for an answer."""
+        asked = []
+        monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "n")
+        own_code = '{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}, "num_hidden_layers": 6}'
+        (tmp_path / "config.json").write_text(own_code)
+        found({"alg_name": "MEMIT", "model_name": str(tmp_path), "v_loss_layer": 4})
+        assert not asked
+
     def test_alphaedit_knows_few_families(self):
         assert any("makes no projection" in line for line in fatal({"alg_name": "AlphaEdit", "model_name": "mistral"}))
         assert not fatal({"alg_name": "AlphaEdit", "model_name": "qwen2.5-7b"})

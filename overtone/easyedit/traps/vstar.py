@@ -25,7 +25,9 @@ def _number_of_layers(config: Config) -> int | None:
     try:
         from transformers import AutoConfig
 
-        model: Any = AutoConfig.from_pretrained(str(config.get("model_name")), local_files_only=True)
+        # Never the model's own code, about which transformers would ask at the terminal.
+        name = str(config.get("model_name"))
+        model: Any = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (ImportError, OSError, ValueError):
         return None
     layers: int | None = getattr(model.get_text_config(), "num_hidden_layers", None)
