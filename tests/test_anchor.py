@@ -118,6 +118,14 @@ class TestValue:
         assert all(less < more + 1e-12 for less, more in itertools.pairwise(found))
         torch.testing.assert_close(found[-2], found[-1])  # one token alone in its class
 
+    def test_top_k_where_all_others_are_banned(self):
+        """Of two tokens that are left the gradient is pi - pi_0, and 0 of the others."""
+        before, logits = torch.full((2, 1, 9), -math.inf, dtype=torch.float64)
+        before[0, :2], logits[0, :2] = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.0])
+        anchors = Anchors.record(before, torch.ones(1, dtype=torch.bool), top_k=2)
+        _, gradient = value_and_gradient(overtone_loss, logits, torch.tensor([-100]), anchors=anchors, anchor=1.0)
+        torch.testing.assert_close(gradient, logits.softmax(1) - before.softmax(1))
+
     def test_groups_have_means_of_their_own(self):
         logits, before, labels = call()
         groups = two_groups(before)
