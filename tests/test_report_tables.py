@@ -84,7 +84,7 @@ class TestEditingTable:
         assert row(table, STOP)[TO_STOP] == pytest.approx(-0.2)
 
     def test_an_anchored_cross_entropy_is_a_rival_of_its_own(self):
-        """What the loss adds is the difference to it; it is no threshold of early stopping, though it may hold at one."""
+        """What the loss adds is the difference to it; it is no threshold of early stopping."""
         table = editing_table(
             [
                 *singles([0.4, 0.6], loss=STOP),
