@@ -19,6 +19,7 @@ import pandas as pd
 from scipy import stats
 
 from overtone.config import PRESETS, RECOMMENDED, OverToneConfig
+from overtone.lab.edit.compared import ABLATIONS, COMPARED
 from overtone.token_loss import parse
 
 ROOT = Path(__file__).parent.parent
@@ -29,30 +30,9 @@ BLOCK = re.compile(r"(?<=^<!-- table )([\w-]+) -->\n.*?(?=^<!-- end of table -->
 MEASURES = {"rel": "Rel", "gen": "Gen", "por": "Por", "loc": "Loc", "average": "average"}
 METHODS = {"lora": "LoRA", "ft-m": "FT-M", "easyedit-ft": "EasyEdit's FT-M", "easyedit-lora": "EasyEdit's LoRA"}
 METHODS |= {"easyedit-melo": "EasyEdit's MELO", "easyedit-wise": "EasyEdit's WISE"}
-LOSSES = (
-    "cross_entropy",
-    "cross_entropy:hold=0.1",
-    "cross_entropy:hold=0.3",
-    "cross_entropy:hold=0.5",
-    "cross_entropy:hold=1",
-    "cross_entropy:hold=correct",
-    "label_smoothing",
-    "overtone",
-    "overtone:hold=settled",
-    "overtone_recommended",
-)
-"""The losses that a table shows, in its order."""
-
-ABLATIONS = (
-    "cross_entropy",
-    "overtone",
-    "overtone:epsilon=0",
-    "overtone:n_sigma=none",
-    "overtone:check=false",
-    "overtone:dynamic=false",
-    "overtone:epsilon=0+check=false",
-    "overtone:lam=1",
-)
+STOPS = ("0.3", "0.5", "1", "correct")
+LOSSES = (*COMPARED[:2], *(f"cross_entropy:hold={stop}" for stop in STOPS), *COMPARED[2:])
+"""The losses that a table shows, in its order: those that the lab compares, and cross-entropy stopped elsewhere."""
 
 Builder = Callable[[], pd.DataFrame]
 TABLES: dict[str, Builder] = {}
@@ -302,7 +282,7 @@ def ablations() -> pd.DataFrame:
     all_rows = read("ablations").query("T == 1")
     parts = []
     for method in ("lora", "ft-m"):
-        rows = shown(all_rows[all_rows.method == method], ABLATIONS)
+        rows = shown(all_rows[all_rows.method == method], ("cross_entropy", "overtone", *ABLATIONS))
         parts.append(columns({"method": [METHODS[method]] * len(rows), "loss": rows.title.tolist()} | by_measure(rows)))
     return pd.concat(parts)
 

@@ -17,8 +17,8 @@ from transformers.utils import logging
 from overtone.lab.data.edit import Edit, Probe
 from overtone.lab.data.world import build_world
 from overtone.lab.data.world_corpus import WorldCorpus
+from overtone.lab.model.completion import complete
 from overtone.lab.model.pretrain import load_or_train
-from overtone.lab.score.completion import complete
 
 # The trainers' own deprecation notes are not what the examples are about.
 warnings.filterwarnings("ignore", category=FutureWarning)

@@ -31,9 +31,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from overtone import OverToneConfig
 from overtone.huggingface import TokenStatesCallback, compute_loss_func
 from overtone.lab.data.edit import Probe
+from overtone.lab.model.completion import complete, is_exact_match
 from overtone.lab.model.targets import encode_targets
 from overtone.lab.results.files import write_whole
-from overtone.lab.score.completion import complete, is_exact_match
 from overtone.lab.score.scores import teacher_forced, token_agreement
 
 TEXTS, EPOCHS, BATCH, LEARNING_RATE = 30, 30, 10, 5e-4

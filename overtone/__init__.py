@@ -11,6 +11,7 @@ import importlib
 from types import ModuleType
 
 from overtone import functional
+from overtone.anchor import Anchors
 from overtone.config import OverToneConfig
 from overtone.diagnostics import TokenStates, token_states
 from overtone.linear import linear_overtone_loss
@@ -18,6 +19,7 @@ from overtone.loss import OverToneLoss, overtone_loss
 from overtone.shard import VocabularyShard
 
 __all__ = [
+    "Anchors",
     "OverToneConfig",
     "OverToneLoss",
     "TokenStates",

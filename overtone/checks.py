@@ -17,12 +17,18 @@ INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 def check_hyperparameters(epsilon: float, n_sigma: float | None, lam: float, check: bool) -> None:
     """Raise a ValueError or TypeError that names the argument, its value and what was expected."""
-    _check_number("epsilon", epsilon, "a finite number of nats, 0 or above", lambda value: value >= 0)
+    check_number("epsilon", epsilon, "a finite number of nats, 0 or above", lambda value: value >= 0)
     if n_sigma is not None:
-        _check_number("n_sigma", n_sigma, "a finite number above 0, or None for no filter", lambda value: value > 0)
-    _check_number("lam", lam, "a number in [0, 1]", lambda value: 0 <= value <= 1)
+        check_number("n_sigma", n_sigma, "a finite number above 0, or None for no filter", lambda value: value > 0)
+    check_number("lam", lam, "a number in [0, 1]", lambda value: 0 <= value <= 1)
     if not isinstance(check, bool):
         raise TypeError(f"check must be True or False, got {check!r} of type {type(check).__name__}")
+
+
+def check_anchor(anchor: float, anchor_epsilon: float) -> None:
+    """Raise a ValueError or TypeError that names the argument, its value and what was expected."""
+    check_number("anchor", anchor, "a finite number, 0 or above", lambda value: value >= 0)
+    check_number("anchor_epsilon", anchor_epsilon, "a finite number of nats, 0 or above", lambda value: value >= 0)
 
 
 def check_reduction(reduction: str, ignore_index: int) -> None:
@@ -37,7 +43,8 @@ def check_reduction(reduction: str, ignore_index: int) -> None:
         raise ValueError(f"ignore_index must be a label as int64 holds them, got {ignore_index}")
 
 
-def _check_number(name: str, value: object, expected: str, accepted: Callable[[float], bool]) -> None:
+def check_number(name: str, value: object, expected: str, accepted: Callable[[float], bool]) -> None:
+    """Raise a ValueError or TypeError unless the value is a finite number that is accepted."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
             f"{name} must be {expected}, got {value!r} of type {type(value).__name__}; pass a Python number"
@@ -124,5 +131,5 @@ def reduce_tokens(token_loss: Tensor, counted: Tensor, reduction: Reduction) -> 
     """Reduce ``(N,)`` losses, zero where not counted, as CrossEntropyLoss does; the mean over no token is 0."""
     if reduction == "none":
         return token_loss
-    total = token_loss.sum()
-    return total if reduction == "sum" else total / counted.sum().clamp(min=1)
+    # Divided first: a banned label costs as much as float32 can hold, and a sum of two would be infinite.
+    return token_loss.sum() if reduction == "sum" else (token_loss / counted.sum().clamp(min=1)).sum()

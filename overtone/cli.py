@@ -91,7 +91,8 @@ def _add_bench(commands: Subcommands) -> None:
         epilog="A loss is name or name:field=value+field=value, for example cross_entropy:hold=0.3 (early stopping), "
         "cross_entropy:hold=correct, label_smoothing, overtone:hold=settled, overtone_recommended (our settings for "
         "each method), overtone:hold=0.1+lam=0.5, overtone:n_sigma=none, overtone:check=false, overtone:epsilon=0, "
-        "overtone:lam=1, overtone:dynamic=false (the target of the model before the edit), dft, gem, eaft.",
+        "overtone:lam=1, overtone:dynamic=false (the target of the model before the edit), overtone:anchor=1 (the edit's "
+        "prompt stays as the model continued it before; cross_entropy:anchor=1 too), dft, gem, eaft.",
     )
     parser.add_argument(
         "--preset",
@@ -136,6 +137,12 @@ def _add_grid(parser: argparse.ArgumentParser, *, out: str) -> None:
         type=int,
         help="edits of lora and ft-m that share a pass; from 2 on nothing is generated, so that exact match and "
         "perplexity are left out (default: 8 for a named model, else 1)",
+    )
+    parser.add_argument(
+        "--generate",
+        action="store_true",
+        default=None,
+        help="where edits share a pass, also count the answers that the edited model says in its own words",
     )
     parser.add_argument(
         "--only-known", action="store_true", default=None, help="edit only facts that the named model knows"
@@ -249,7 +256,7 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the command line changes of a preset."""
     names = (
         *("data", "size", "model", "dtype", "arch", "methods", "losses", "lengths", "edits", "seeds"),
-        *("lrs", "at_once", "only_known"),
+        *("lrs", "at_once", "generate", "only_known"),
     )
     changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if isinstance(changes.get("seeds"), int):

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from overtone.checks import check_hyperparameters
-from overtone.hold import HoldValue, accepts_old_names, old_values, read_hold
+from overtone.checks import check_anchor, check_hyperparameters
+from overtone.hold import HoldValue, read_hold
+from overtone.old_hold_names import accepts_old_names, old_values
 
 __all__ = ["PRESETS", "RECOMMENDED", "OverToneConfig"]
 
@@ -17,7 +18,8 @@ __all__ = ["PRESETS", "RECOMMENDED", "OverToneConfig"]
 class OverToneConfig:
     """The settings of the loss; each is the argument of `overtone_loss` of the same name.
 
-    Several words of a hold are kept in one order: "correct", "settled", the number.
+    Several words of a hold are kept in one order: "correct", "settled", the number. A loss whose settings have an
+    anchor above 0 demands the anchors of each call, and raises a ValueError without them.
 
     Raises:
         ValueError, TypeError: for a value out of range or of the wrong type.
@@ -28,10 +30,13 @@ class OverToneConfig:
     lam: float = 0.1
     check: bool = True
     hold: HoldValue = None
+    anchor: float = 0.0
+    anchor_epsilon: float = 0.05
 
     def __post_init__(self) -> None:
         """Validate, and write hold the one way in which equal settings are equal."""
         check_hyperparameters(self.epsilon, self.n_sigma, self.lam, self.check)
+        check_anchor(self.anchor, self.anchor_epsilon)
         object.__setattr__(self, "hold", read_hold(self.hold).value)
 
     @classmethod

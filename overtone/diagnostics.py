@@ -76,7 +76,7 @@ def token_states(
     reference = None if reference_logits is None else reference_logits.reshape(token_logits.shape)
     check_labels(token_labels, vocabulary, ignore_index)
     counted = token_labels != ignore_index
-    settings = {**config.as_kwargs(), "epsilon": 0.0, "hold": None}
+    settings = {**config.as_kwargs(), "epsilon": 0.0, "hold": None, "anchor": 0.0}
     kl = overtone_loss(
         token_logits,
         token_labels,

@@ -7,12 +7,12 @@ Source: Liu et al., "Mitigating Heterogeneous Token Overfitting in LLM Knowledge
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from overtone.anchor import AnchorValue, read_anchors
 from overtone.checks import (
     Reduction,
     check_hyperparameters,
@@ -20,22 +20,13 @@ from overtone.checks import (
     check_reduction,
     check_tensors,
     flatten_tokens,
-    reduce_tokens,
     working_dtype,
 )
-from overtone.hold import (
-    HoldValue,
-    accepts_old_names,
-    is_settled,
-    read_hold,
-    refuse_hold_in_graph,
-    release_when_held,
-)
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from overtone.hold import Hold, HoldValue, read_hold, refuse_hold_in_graph
+from overtone.old_hold_names import accepts_old_names
 
 __all__ = [
+    "anchored_kl",
     "build_target",
     "clipped_kl",
     "finite_std",
@@ -47,7 +38,10 @@ __all__ = [
 ]
 
 BLOCK_ELEMENTS = 2**22
-"""Logits of as many rows as `reference_loss` has target tensors for at a time."""
+"""Logits of as many rows as `reference_loss` works on at a time.
+
+That bounds what a block needs while it is worked on, not what its graph keeps: two tensors of the size of all logits.
+"""
 
 
 def finite_std(logits: Tensor) -> Tensor:
@@ -164,7 +158,7 @@ def clipped_kl(target: Tensor, logits: Tensor, epsilon: float) -> Tensor:
         ``(...)``, in nats.
     """
     kl = unclipped_kl(target, logits)
-    return torch.where(is_settled(kl, epsilon, None), epsilon, kl) if epsilon > 0 else kl
+    return torch.where(kl < epsilon, epsilon, kl) if epsilon > 0 else kl
 
 
 def algorithm_1(
@@ -193,6 +187,28 @@ def algorithm_1(
     return clipped_kl(target, logits, epsilon)
 
 
+def merge_others(probabilities: Tensor, ids: Tensor) -> Tensor:
+    """Probabilities ``(..., k + 1)`` of the tokens in ids ``(..., k)`` and, last, of all others together."""
+    others = probabilities.scatter(-1, ids, 0).sum(dim=-1, keepdim=True)
+    return torch.cat([probabilities.gather(-1, ids), others], dim=-1)
+
+
+def anchored_kl(logits: Tensor, unedited_log_probs: Tensor, ids: Tensor | None, epsilon: float) -> Tensor:
+    """``max(KL(pi_0 || softmax(logits)), epsilon)``: how far a position has moved that was to stay.
+
+    Args:
+        logits: ``(..., V)``, float32 or float64.
+        unedited_log_probs: log pi_0, ``(..., V)``; or ``(..., k + 1)``, of the tokens in ids and all others together.
+        ids: ``(..., k)``; the KL is then that of k + 1 classes.
+        epsilon: as in `clipped_kl`.
+
+    Returns:
+        ``(...)``, in nats.
+    """
+    class_logits = logits if ids is None else merge_others(logits.softmax(dim=-1), ids).log()
+    return clipped_kl(unedited_log_probs.exp(), class_logits, epsilon)
+
+
 @accepts_old_names
 def reference_loss(
     logits: Tensor,
@@ -206,17 +222,26 @@ def reference_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     hold: HoldValue = None,
-    hold_group: ProcessGroup | None = None,
+    anchors: AnchorValue = None,
+    anchor: float = 0.0,
+    anchor_epsilon: float = 0.05,
 ) -> Tensor:
     """The OverTone loss by its definition, for readers and for tests; arguments as in `overtone.overtone_loss`.
 
-    float64 is its yardstick: in float32 a KL near 0 may round to a little below it.
+    float64 is its yardstick: in float32 a KL near 0 may round to a little below it. What it holds is decided from the
+    tokens of this process alone.
+
+    Raises:
+        ValueError, TypeError: as `overtone.overtone_loss`.
     """
     holding = read_hold(hold)
     check_hyperparameters(epsilon, n_sigma, lam, check)
     check_reduction(reduction, ignore_index)
     check_tensors(logits, labels, reference_logits)
     refuse_hold_in_graph(holding)
+    groups = read_anchors(
+        anchors, anchor, anchor_epsilon, labels, logits.shape[-1], ignore_index=ignore_index, reduction=reduction
+    )
     token_logits, token_labels = flatten_tokens(logits, labels)
     if logits.device.type == "cpu":  # elsewhere a synchronisation
         check_labels(token_labels, logits.shape[-1], ignore_index)
@@ -234,10 +259,27 @@ def reference_loss(
         ]
     )
     kl = kl.where(counted, 0)
-    correct = ground_truth_check(scores.detach(), truth) if holding.correct else None
-    settled = counted & is_settled(kl, epsilon, correct)
-    loss = reduce_tokens(torch.where(settled, epsilon, kl), counted, reduction)
-    if holding:
-        waits_for = None if correct is None else correct[counted]
-        loss = release_when_held(loss, kl.detach()[counted], epsilon, holding, waits_for, hold_group)
-    return loss.reshape(labels.shape) if reduction == "none" else loss
+    correct = ground_truth_check(scores.detach(), truth) if holding.correct else counted
+    token_loss = torch.where(counted & correct & (kl < epsilon), epsilon, kl) if epsilon > 0 else kl
+    loss = token_loss.reshape(labels.shape)
+    if reduction != "none":
+        loss = token_loss.sum() / (counted.sum().clamp(min=1) if reduction == "mean" else 1)
+    are_kept = True
+    for group in groups:
+        own, unedited_log_probs = token_logits[group.at.reshape(-1)].to(kl.dtype), group.log_probs.to(kl.dtype)
+        anchored = anchored_kl(own, unedited_log_probs, group.ids, anchor_epsilon).sum()
+        loss = loss + anchor * group.weight * anchored / (max(1, len(group)) if reduction == "mean" else 1)
+        distance = anchored_kl(own.detach(), unedited_log_probs, group.ids, epsilon=0)
+        are_kept &= len(group) == 0 or bool(distance.mean() <= anchor_epsilon)
+    if holding and loss.requires_grad and are_kept and _is_held(holding, kl[counted], epsilon, correct[counted]):
+        return loss.detach().requires_grad_().clone()
+    return loss
+
+
+def _is_held(hold: Hold, kl: Tensor, epsilon: float, correct: Tensor) -> bool:
+    """Whether all that the hold names is true of the counted tokens ``(M,)``."""
+    return (
+        (not hold.correct or bool(correct.all()))
+        and (not hold.settled or bool((kl < epsilon).all()))
+        and (hold.mean is None or len(kl) == 0 or bool(kl.mean() <= hold.mean))
+    )

@@ -1,26 +1,16 @@
-"""When a token is settled, and held steps: a batch that needs nothing more gives no gradient at all.
-
-Zeros are not enough. Adam and momentum go on moving every weight on zero gradients, drift away from the fit and
-un-settle the tokens. A held loss is cut off from the model instead: `backward` still works on it, but every
-`param.grad` stays as it was (None after `zero_grad`), so the optimiser skips its step. Cutting the graph, rather than
-sending an undefined gradient into it, also holds where a function on the way would turn "undefined" into zeros:
-reentrant checkpointing, compiled models, custom kernels.
-"""
+"""When a token is settled, and when a step needs nothing more, so that it is held."""
 
 from __future__ import annotations
 
-import inspect
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
+from overtone.cut_off import are_several_ranks, without_effect
 from overtone.torch_state import is_transformed
 
 if TYPE_CHECKING:
@@ -62,7 +52,12 @@ class Hold:
         return parts if len(parts) > 1 else parts[0] if parts else None
 
     def is_met(
-        self, token_kl: Tensor, epsilon: float, correct: Tensor | None, group: ProcessGroup | None = None
+        self,
+        token_kl: Tensor,
+        epsilon: float,
+        correct: Tensor | None,
+        group: ProcessGroup | None = None,
+        moved: Tensor | None = None,
     ) -> bool:
         """Whether a call is held: the same on every rank, of whose tokens together it is asked; none need nothing.
 
@@ -71,28 +66,33 @@ class Hold:
             epsilon: a token is settled below it.
             correct: ``(M,)``, bool; needed where the hold waits for it.
             group: the ranks that decide together, each of which has to ask; None for all.
+            moved: ``()``, how many groups of this rank's anchors have a mean KL above their epsilon; None for none.
         """
         if not self:
             return False
-        summary = self._summary(token_kl, epsilon, correct)
+        summary = self._summary(token_kl, epsilon, correct, moved)
         if are_several_ranks(group):
             torch.distributed.all_reduce(summary, group=group)
         return self._allows(summary)
 
-    def is_met_here(self, token_kl: Tensor, epsilon: float, correct: Tensor | None) -> bool:
+    def is_met_here(
+        self, token_kl: Tensor, epsilon: float, correct: Tensor | None, moved: Tensor | None = None
+    ) -> bool:
         """As `is_met`, of this process' tokens alone: of an edit, say, of which other processes have others."""
-        return bool(self) and self._allows(self._summary(token_kl, epsilon, correct))
+        return bool(self) and self._allows(self._summary(token_kl, epsilon, correct, moved))
 
-    def _summary(self, token_kl: Tensor, epsilon: float, correct: Tensor | None) -> Tensor:
-        """What can be summed over ranks: tokens, their KL, how many are not settled, how many not correct."""
-        sums = [torch.ones_like(token_kl), token_kl, ~is_settled(token_kl, epsilon, None)]
+    def _summary(self, token_kl: Tensor, epsilon: float, correct: Tensor | None, moved: Tensor | None = None) -> Tensor:
+        """What can be summed over ranks: tokens, their KL, and how many are unsettled, have moved, are not correct."""
+        moved = torch.zeros_like(token_kl[:0]) if moved is None else moved
+        sums = [torch.ones_like(token_kl), token_kl, ~is_settled(token_kl, epsilon, None), moved]
         sums += [] if correct is None else [~correct]
         return torch.stack([values.sum().to(token_kl.dtype) for values in sums])
 
     def _allows(self, summary: Tensor) -> bool:
-        count, total, unsettled, *wrong = summary.tolist()
+        count, total, unsettled, moved, *wrong = summary.tolist()
         return (
-            not (self.settled and unsettled)
+            not moved
+            and not (self.settled and unsettled)
             and not (self.correct and wrong[0])
             and (self.mean is None or count == 0 or total / count <= self.mean)
         )
@@ -155,140 +155,18 @@ def release_when_held(
     hold: Hold,
     correct: Tensor | None,
     group: ProcessGroup | None = None,
+    moved: Tensor | None = None,
 ) -> Tensor:
     """The loss, without an effect on the model if the call is held.
 
     Args:
         loss: of any shape, with its graph.
-        token_kl, epsilon, correct, group: as in `Hold.is_met`.
+        token_kl, epsilon, correct, group, moved: as in `Hold.is_met`.
         hold: when to.
 
     Returns:
         loss itself, or its values as `without_effect` has them.
     """
-    if not loss.requires_grad or not hold.is_met(token_kl, epsilon, correct, group):
+    if not loss.requires_grad or not hold.is_met(token_kl, epsilon, correct, group, moved):
         return loss
     return without_effect(loss)
-
-
-def without_effect(loss: Tensor) -> Tensor:
-    """The same values, whose `backward` works and changes no gradient.
-
-    As a rule they have a graph of their own, which ends at once. On several ranks, gradients that earlier micro-batches
-    have left wait for a backward pass of the last one to be exchanged (DistributedDataParallel's `no_sync`): then it
-    goes through the model with zeros, which add nothing to them.
-    """
-    if are_several_ranks(None):
-        nodes = list(_nodes_below(loss))
-        if not RESHARDS_BY_ITSELF.get() and any(node.name().startswith(_FSDP2_NODE) for node in nodes):
-            warnings.warn(
-                "a held step has no backward pass, before which FSDP2 keeps the root's weights as they are: where it "
-                "is one of several micro-batches, call model.reshard() after it, or use overtone.huggingface",
-                stacklevel=4,
-            )
-        weights = (getattr(node, "variable", None) for node in nodes)
-        if any(weight is not None and weight.grad is not None for weight in weights):
-            zeroed: Tensor = _ZeroGradient.apply(loss)  # type: ignore[no-untyped-call]
-            return zeroed
-    return loss.detach().requires_grad_().clone()
-
-
-RESHARDS_BY_ITSELF: ContextVar[bool] = ContextVar("overtone_reshards_by_itself", default=False)
-"""Whether who asks for a loss sees to FSDP2's weights after a held step."""
-
-_FSDP2_NODE = "RegisterPostBackwardFunction"
-
-
-def sends_nothing(node: torch.autograd.graph.Node) -> bool:
-    """Whether it is the place in a graph where `without_effect` has put zeros."""
-    return node.name() == "_ZeroGradientBackward"
-
-
-class _ZeroGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor) -> Tensor:
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return torch.zeros_like(grad)
-
-
-def are_several_ranks(group: ProcessGroup | None) -> bool:
-    """Whether there is anybody to agree with."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size(group) > 1
-
-
-def _nodes_below(loss: Tensor) -> Iterator[torch.autograd.graph.Node]:
-    """Every node of the graph that the loss has come from."""
-    waiting, seen = [loss.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [below for below, _ in node.next_functions]
-            yield node
-
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-OLD_NAMES = ("hold_settled", "hold_correct")
-
-
-def old_values(value: HoldValue) -> dict[str, bool | float]:
-    """What hold was called when it was two arguments."""
-    hold = read_hold(value)
-    if not hold:
-        return {"hold_settled": False, "hold_correct": False}
-    first = True if hold.settled else math.inf if hold.mean is None else hold.mean
-    return {"hold_settled": first, "hold_correct": hold.correct}
-
-
-def replace_old_names(hold: HoldValue, old: dict[str, object]) -> HoldValue:
-    """What the arguments hold_settled and hold_correct say, in their places in hold.
-
-    Args:
-        hold: what they do not say.
-        old: those of the two that were given. hold_settled is True, False, a number, or math.inf to leave it to
-            hold_correct; hold_correct is True or False.
-
-    Raises:
-        ValueError, TypeError: for values that they did not take.
-    """
-    first, correct = {**old_values(hold), **old}.values()
-    if not isinstance(correct, bool):
-        raise TypeError(f"hold_correct must be True or False, got {correct!r} of type {type(correct).__name__}")
-    if not isinstance(first, (bool, int, float)):
-        raise TypeError(f"hold_settled must be True, False or a number, got {first!r} of type {type(first).__name__}")
-    if first is False:
-        if old.get("hold_correct"):
-            warnings.warn("hold_correct=True does nothing without a hold: pass hold='correct'", stacklevel=3)
-        return None
-    if first == math.inf and correct:
-        return "correct"
-    if first is not True and not 0 < first < math.inf:
-        raise ValueError(f"hold_settled must be True, False or a number of nats above 0, got {first!r}")
-    word = "settled" if first is True else first
-    return ("correct", word) if correct else word
-
-
-def accepts_old_names(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """A function with an argument hold that still takes hold_settled and hold_correct, with a DeprecationWarning."""
-
-    names = inspect.signature(function).parameters
-
-    @wraps(function)
-    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if "hold_settled" in kwargs or "hold_correct" in kwargs:
-            old = {name: kwargs.pop(name) for name in OLD_NAMES if name in kwargs}
-            # Settings of which a part is changed (a preset, dataclasses.replace) come with both.
-            if kwargs.get("hold") is not None and "self" not in names:
-                raise ValueError(f"hold and {next(iter(old))} are both given: keep hold alone, got {kwargs['hold']!r}")
-            hold = replace_old_names(kwargs.get("hold"), old)  # type: ignore[arg-type]
-            said = ", ".join(f"{name}={value!r}" for name, value in old.items())
-            warnings.warn(f"{said} is now called hold={hold!r}", DeprecationWarning, stacklevel=2)
-            kwargs["hold"] = hold
-        return function(*args, **kwargs)
-
-    return wrapped

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from overtone.anchor import AnchorValue, read_anchors
+from overtone.anchored import AnchoredTerm, anchored_rows
+from overtone.anchored_linear import anchored_layer_term
 from overtone.checks import (
     Reduction,
     check_hyperparameters,
@@ -21,14 +24,14 @@ from overtone.checks import (
 from overtone.derivatives import refuse_second_derivative
 from overtone.hold import (
     HoldValue,
-    accepts_old_names,
     is_settled,
     read_hold,
     release_when_held,
 )
 from overtone.kernels import Clip, Fit, Kernel, Target, choose
 from overtone.loss import overtone_loss
-from overtone.shard import VocabularyShard, take_layer_shard
+from overtone.old_hold_names import accepts_old_names
+from overtone.shard import VocabularyShard, refuse_anchors_with_shard, take_layer_shard
 from overtone.torch_state import is_transformed
 
 if TYPE_CHECKING:
@@ -79,6 +82,9 @@ def linear_overtone_loss(
     hold: HoldValue = None,
     hold_group: ProcessGroup | None = None,
     shard: VocabularyShard | None = None,
+    anchors: AnchorValue = None,
+    anchor: float = 0.0,
+    anchor_epsilon: float = 0.05,
 ) -> Tensor:
     """`overtone_loss(F.linear(hidden, weight, bias), labels, ...)` without ever holding all the logits.
 
@@ -87,7 +93,7 @@ def linear_overtone_loss(
     on top) the backward pass goes through the chunks once more.
 
     Args:
-        hidden: ``(..., H)``, the last hidden states. Ignored positions cost nothing.
+        hidden: ``(..., H)``, the last hidden states. Ignored positions that are no anchors cost nothing.
         weight: ``(V, H)``, of the output layer, in the precision of hidden (cast by autocast, where that is on). Its
             gradient is only worked out if it is wanted, and never added up in low precision; a weight tied to the
             embedding is fine.
@@ -99,6 +105,8 @@ def linear_overtone_loss(
         shard: where the weight's tokens lie if they are this rank's part of a vocabulary that is spread over ranks, on
             which hidden and labels are alike. The gradient of hidden is summed over them, once. A DTensor weight placed
             as ``Shard(0)`` says so itself, and hidden and labels may be replicated DTensors.
+        anchors, anchor, anchor_epsilon: as in `overtone_loss`; see `overtone.Anchors.record_hidden`. Where the gradient
+            of weight is wanted, that of the anchored term is held beside it until the backward pass.
         reference_logits: None, since it would be all the logits of another model, which this function is there to
             avoid; pass it to `overtone_loss` with this model's logits.
 
@@ -121,6 +129,9 @@ def linear_overtone_loss(
             hold=hold,
             hold_group=hold_group,
             shard=shard,
+            anchors=anchors,
+            anchor=anchor,
+            anchor_epsilon=anchor_epsilon,
         )
     holding = read_hold(hold)
     check_hyperparameters(epsilon, n_sigma, lam, check)
@@ -141,23 +152,37 @@ def linear_overtone_loss(
     counted = token_labels != ignore_index
     rows = counted.nonzero().squeeze(1)
 
+    chunk_size = chunk_size or CHUNK_MULTIPLE * max(1, CHUNK_ELEMENTS // CHUNK_MULTIPLE // vocabulary)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    term: AnchoredTerm | None = None
+    if anchors is not None or anchor != 0:
+        refuse_anchors_with_shard(shard)
+        groups = read_anchors(
+            anchors, anchor, anchor_epsilon, labels, vocabulary, ignore_index=ignore_index, reduction=reduction
+        )
+        anchored = anchored_rows(groups, anchor, anchor_epsilon, reduction)
+        hidden, weight, bias, term = anchored_layer_term(hidden, weight, bias, anchored, chunk_size)
+
     # In float16 a mean's gradients would vanish before a loss scale could save them: they are divided afterwards.
     is_divided_now = reduction == "mean" and hidden.dtype != torch.float16
     tokens = _Tokens(
         labels=token_labels[rows],
         target=Target(n_sigma, float(lam), check),
         clip=Clip(float(epsilon), holding.correct),
-        chunk_size=chunk_size or CHUNK_MULTIPLE * max(1, CHUNK_ELEMENTS // CHUNK_MULTIPLE // vocabulary),
+        chunk_size=chunk_size,
         row_weight=1 / max(1, len(rows)) if is_divided_now else 1.0,
         correct=torch.empty_like(rows, dtype=torch.bool),
         shard=shard,
     )
     kl: Tensor = _LinearKl.apply(  # type: ignore[no-untyped-call]
-        hidden.reshape(-1, hidden.shape[-1])[rows], weight, bias, tokens, torch.is_grad_enabled()
+        hidden[rows], weight, bias, tokens, torch.is_grad_enabled()
     )
     token_loss = kl.new_zeros(token_labels.shape).index_copy(0, rows, torch.where(tokens.settled(kl), epsilon, kl))
-    token_loss = release_when_held(token_loss, kl.detach(), epsilon, holding, tokens.correct, hold_group)
-    return reduce_tokens(token_loss, counted, reduction).reshape(labels.shape if reduction == "none" else ())
+    loss = reduce_tokens(token_loss, counted, reduction).reshape(labels.shape if reduction == "none" else ())
+    if term is not None:
+        loss = loss + term.loss
+    moved = None if term is None else term.moved
+    return release_when_held(loss, kl.detach(), epsilon, holding, tokens.correct, hold_group, moved)
 
 
 def _check_types(hidden: object, weight: object, bias: object) -> None:
@@ -183,6 +208,8 @@ def _check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size
             "weight must be (V, H) for hidden (..., H), "
             f"got weight {tuple(weight.shape)} for hidden {tuple(hidden.shape)}"
         )
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"hidden must have features in its last dimension, got shape {tuple(hidden.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({len(weight)},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):

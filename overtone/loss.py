@@ -7,25 +7,36 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from overtone.anchor import AnchorValue, read_anchors
+from overtone.anchored import AnchoredTerm, anchored_rows, anchored_term
 from overtone.checks import (
     Reduction,
     check_hyperparameters,
     check_reduction,
     check_tensors,
     flatten_tokens,
+    reduce_tokens,
 )
 from overtone.config import OverToneConfig
 from overtone.derivatives import raise_for_second_derivative, refuse_forward_mode
-from overtone.functional import reference_loss
+from overtone.functional import ground_truth_check, reference_loss
 from overtone.hold import (
+    Hold,
     HoldValue,
-    accepts_old_names,
+    is_settled,
     read_hold,
     refuse_hold_in_graph,
     release_when_held,
 )
 from overtone.kernels import Clip, Kernel, Target, choose
-from overtone.shard import VocabularyShard, as_dtensor, refuse_reference_with_shard, take_shard
+from overtone.old_hold_names import accepts_old_names
+from overtone.shard import (
+    VocabularyShard,
+    as_dtensor,
+    refuse_anchors_with_shard,
+    refuse_reference_with_shard,
+    take_shard,
+)
 from overtone.torch_state import is_transformed
 
 if TYPE_CHECKING:
@@ -49,6 +60,9 @@ def overtone_loss(
     hold: HoldValue = None,
     hold_group: ProcessGroup | None = None,
     shard: VocabularyShard | None = None,
+    anchors: AnchorValue = None,
+    anchor: float = 0.0,
+    anchor_epsilon: float = 0.05,
 ) -> Tensor:
     """The OverTone loss: ``max(KL(target || softmax(logits)), epsilon)`` a token (Eq. 2, Eq. 3, Algorithm 1).
 
@@ -82,6 +96,16 @@ def overtone_loss(
         shard: where the logits lie if they are this rank's part ``(..., V_local)`` of a vocabulary that is spread over
             ranks, as Megatron leaves them; labels are then those of the whole vocabulary, and every rank of the shard's
             group gets the same loss. A DTensor placed as ``Shard(-1)`` says so itself.
+        anchors: beyond the paper, what must stay as it was: positions whose labels are ignore_index, and the unedited
+            model's distribution pi_0 there; see `overtone.Anchors`. Several groups have a mean each. The loss is then
+
+                targets' loss + anchor * sum over groups of weight * mean of max(KL(pi_0 || pi), anchor_epsilon)
+
+            (sums for reduction "sum"), a group without positions counts 0, and a call is held only once, besides, the
+            mean KL of every group, before the clip, is at or below anchor_epsilon; on several ranks, of each rank's
+            groups.
+        anchor: the weight of the anchored term; above 0 with anchors, 0 without.
+        anchor_epsilon: in nats. An anchored position whose KL is below it has a gradient of exactly zero.
 
     Returns:
         A scalar, or ``(...)`` for reduction "none"; float64 for float64 logits, else float32.
@@ -89,41 +113,43 @@ def overtone_loss(
     Raises:
         ValueError: for shapes that do not match, integer logits, labels out of range (on a CUDA device torch's own
             device-side assertion reports them), hyper-parameters out of range, a hold
-            inside of torch.compile(fullgraph=True), or a DTensor whose rows are split otherwise.
+            inside of torch.compile(fullgraph=True), a DTensor whose rows are split otherwise, anchors without an
+            anchor or the other way round, anchors at labels, with reduction "none" or with a shard.
         TypeError: for an argument of the wrong type.
         NotImplementedError: under forward-mode differentiation; the loss has first derivatives in reverse mode.
     """
-    if torch.compiler.is_compiling() and (shard is not None or as_dtensor(logits) is not None):
+    is_anchored = anchors is not None or anchor != 0
+    if torch.compiler.is_compiling() and (is_anchored or shard is not None or as_dtensor(logits) is not None):
         from overtone.kernels.graph import call_outside  # imported while it traces, with much of the compiler
 
         settings: dict[str, Any] = {"epsilon": epsilon, "n_sigma": n_sigma, "lam": lam, "check": check, "hold": hold}
         others = {"ignore_index": ignore_index, "reduction": reduction, "hold_group": hold_group, "shard": shard}
         settings["reference_logits"] = reference_logits  # refused there, as without torch.compile
+        settings |= {"anchors": anchors, "anchor": anchor, "anchor_epsilon": anchor_epsilon}
         outside: Tensor = call_outside(overtone_loss, logits, labels, **settings, **others)
         return outside
     logits, labels, shard = take_shard(logits, labels, shard)
     if reference_logits is not None:
         refuse_reference_with_shard(shard)
-        return reference_loss(
-            logits,
-            labels,
-            epsilon=epsilon,
-            n_sigma=n_sigma,
-            lam=lam,
-            check=check,
-            reference_logits=reference_logits,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            hold=hold,
-            hold_group=hold_group,
-        )
     holding = read_hold(hold)
     check_hyperparameters(epsilon, n_sigma, lam, check)
     check_reduction(reduction, ignore_index)
-    check_tensors(logits, labels, may_be_empty=shard is not None)
+    check_tensors(logits, labels, reference_logits, may_be_empty=shard is not None)
     refuse_hold_in_graph(holding)
-    refuse_forward_mode(logits)
+    if reference_logits is None:
+        refuse_forward_mode(logits)
     token_logits, token_labels = flatten_tokens(logits, labels)
+    term: AnchoredTerm | None = None
+    if is_anchored:
+        refuse_anchors_with_shard(shard)
+        groups = read_anchors(
+            anchors, anchor, anchor_epsilon, labels, logits.shape[-1], ignore_index=ignore_index, reduction=reduction
+        )
+        token_logits, term = anchored_term(token_logits, anchored_rows(groups, anchor, anchor_epsilon, reduction))
+    if reference_logits is not None:  # no kernel has it
+        target = {"n_sigma": n_sigma, "lam": lam, "check": check, "reference_logits": reference_logits}
+        logits = logits if term is None else token_logits.reshape(logits.shape)
+        return _by_definition(logits, labels, target, epsilon, ignore_index, reduction, holding, hold_group, term)
     kernel = choose(token_logits, shard)
     correct_only = holding.correct
     loss: Tensor
@@ -141,11 +167,40 @@ def overtone_loss(
             ignore_index,
         ),
     )
+    if term is not None:
+        loss = loss + term.loss
     if holding:
         counted = token_labels != ignore_index
         correct = coefficients[4, counted] != 0 if correct_only else None
-        loss = release_when_held(loss, kl[counted], epsilon, holding, correct, hold_group)
+        moved = None if term is None else term.moved
+        loss = release_when_held(loss, kl[counted], epsilon, holding, correct, hold_group, moved)
     return loss.reshape(labels.shape) if reduction == "none" else loss
+
+
+def _by_definition(
+    logits: Tensor,
+    labels: Tensor,
+    target: dict[str, Any],
+    epsilon: float,
+    ignore_index: int,
+    reduction: Reduction,
+    hold: Hold,
+    hold_group: ProcessGroup | None,
+    term: AnchoredTerm | None,
+) -> Tensor:
+    """The loss with a target of which no kernel knows: its KL is the literal one, with a graph of its own."""
+    kl = reference_loss(logits, labels, epsilon=0.0, ignore_index=ignore_index, reduction="none", **target)
+    counted = labels != ignore_index
+    correct = ground_truth_check(logits.detach(), labels.where(counted, 0).long()) if hold.correct else None
+    settled = counted & is_settled(kl.clamp(min=0), epsilon, correct)  # a KL near 0 may be rounded to below it
+    loss = reduce_tokens(torch.where(settled, epsilon, kl), counted, reduction)
+    if term is not None:
+        loss = loss + term.loss
+    if hold:
+        waits_for = None if correct is None else correct[counted]
+        moved = None if term is None else term.moved
+        loss = release_when_held(loss, kl.detach()[counted], epsilon, hold, waits_for, hold_group, moved)
+    return loss
 
 
 class OverToneLoss(nn.Module):
@@ -158,6 +213,11 @@ class OverToneLoss(nn.Module):
         weight, label_smoothing, size_average, reduce: there so that a call written for CrossEntropyLoss is understood;
             any value but CrossEntropyLoss's default raises a ValueError, since the loss could not honour it.
         hold_group, shard: as in `overtone_loss`.
+
+    Raises:
+        TypeError: for a config that is no OverToneConfig, or an ignore_index that is no integer.
+        ValueError: for another reduction, and for what CrossEntropyLoss has and this loss does not. The call raises as
+            `overtone_loss` does.
     """
 
     def __init__(
@@ -195,12 +255,19 @@ class OverToneLoss(nn.Module):
         self.hold_group = hold_group
         self.shard = shard
 
-    def forward(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
-        """The loss of logits ``(..., V)`` and labels ``(...)``; see `overtone_loss`."""
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        reference_logits: Tensor | None = None,
+        anchors: AnchorValue = None,
+    ) -> Tensor:
+        """The loss of logits ``(..., V)`` and labels ``(...)``; arguments, result and errors are `overtone_loss`'s."""
         return overtone_loss(
             logits,
             labels,
             reference_logits=reference_logits,
+            anchors=anchors,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             hold_group=self.hold_group,

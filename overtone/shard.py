@@ -84,6 +84,12 @@ def refuse_reference_with_shard(shard: VocabularyShard | None) -> None:
         )
 
 
+def refuse_anchors_with_shard(shard: VocabularyShard | None) -> None:
+    """Raise a ValueError for a part of the logits, of which nobody knows a whole row's distribution."""
+    if shard is not None:
+        raise ValueError("anchors must be None for logits spread over ranks: pass the logits whole")
+
+
 def as_dtensor(tensor: object) -> DTensor | None:
     """The tensor, if it is a DTensor. Their module takes long to import, and whoever has one has imported it."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -1,6 +1,12 @@
-"""What holds for every test: one thread a process, and no tests of EasyEdit where there is none."""
+"""What holds for every test: one thread a process, and no tests of EasyEdit where there is none.
+
+The fixtures are for files that have no model of their own.
+"""
 
 import os
+from typing import Any
+
+import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several share the cores; what they start computes on one thread too
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -12,3 +18,19 @@ collect_ignore = [] if HAS_EASYEDIT else ["easyedit"]
 def pytest_report_header() -> str | None:
     """Say what is not run."""
     return None if HAS_EASYEDIT else "tests/easyedit is left out: EASYEDIT_ROOT names no checkout of EasyEdit"
+
+
+@pytest.fixture
+def model() -> Any:
+    """A tiny LLaMA."""
+    import tiny_models
+
+    return tiny_models.build()
+
+
+@pytest.fixture
+def batch(model: Any) -> dict[str, Any]:
+    """Rows of different lengths for it."""
+    import tiny_models
+
+    return tiny_models.ragged_batch(model)

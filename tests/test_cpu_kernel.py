@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from overtone import kernels, overtone_loss
 from overtone.functional import reference_loss
-from overtone.kernels import cpu
+from overtone.kernels import cpu, eager
 
 needs_the_library = pytest.mark.skipif(cpu.library() is None, reason="the C++ kernel was not built")
 
@@ -194,7 +194,7 @@ class TestInstallationWithoutIt:
     def nothing_was_built(self, monkeypatch):
         monkeypatch.setattr(cpu, "library", lambda: None)
         cpu._warn_once.cache_clear()
-        monkeypatch.setattr(kernels, "CPU", cpu.CpuKernel())
+        monkeypatch.setattr(eager, "CPU", cpu.CpuKernel())
         yield
         cpu._warn_once.cache_clear()
 

@@ -59,6 +59,11 @@ class TestHeldTogether:
         assert agreed(run("holds.py", *HELD, *HELD_TOO, processes=processes), [*HELD, *HELD_TOO], processes)
 
 
+class TestAnchors:
+    def test_are_waited_for_together(self):
+        assert agreed(run("anchors.py"), ["anchors"], 2)
+
+
 class TestSpreadVocabulary:
     def test_is_the_whole_one(self):
         assert agreed(run("vocabulary.py"), VOCABULARY, 2)

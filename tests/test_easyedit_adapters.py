@@ -18,10 +18,11 @@ import torch
 import yaml
 
 import overtone.easyedit
-from overtone import OverToneConfig
+from overtone import Anchors, OverToneConfig
 from overtone.easyedit import SeamError
 from overtone.easyedit.held_steps import held_steps
-from overtone.easyedit.model_loss import innermost, model_loss, takes_loss_function
+from overtone.easyedit.innermost import innermost
+from overtone.easyedit.model_loss import model_loss, takes_loss_function
 from overtone.easyedit.patching import Patches
 from overtone.functional import reference_loss
 from overtone.token_loss import EditLoss
@@ -224,6 +225,136 @@ class Regularised(torch.nn.Module):
         outputs = self.wrapped(**inputs)
         outputs.loss += sum(parameter.square().sum() for parameter in self.parameters())
         return outputs
+
+
+class TestAnchor:
+    """The prompt's own tokens stay as the model had them before the edit."""
+
+    REQUEST = ([1, 5, 6, 7], [8, 9])
+    """BOS, and a prompt."""
+
+    KEPT = (1, 2)
+    """The positions of 5 and 6; that of 7 predicts the target."""
+
+    STEPS: ClassVar = {"FT": "num_steps", "LoRA": "num_steps", "MELO": "num_iter", "WISE": "n_iter"}
+
+    def edit(self, method, token_loss, model, steps=4, **changes):
+        options = {"context_templates": False} if method == "WISE" else {}
+        hparams = hparams_of(method, {**token_loss, **options}, **{self.STEPS[method]: steps}, **changes)
+        return module("util.alg_dict").ALG_DICT[method](model, None, [self.REQUEST], hparams)
+
+    def literally(self, method, model, steps=4, lr=1e-2, **settings):
+        """The same edit, written out: the trainer's optimiser on the definition of the loss."""
+        prompt, target = self.REQUEST
+        ids = torch.tensor([prompt + target])
+        labels = torch.full((1, 5), -100)
+        labels[0, len(prompt) - 1 :] = torch.tensor(target)
+        at = torch.zeros(1, 5, dtype=torch.bool)
+        at[0, list(self.KEPT)] = True
+        anchors = Anchors.record(model(input_ids=ids).logits[:, :-1], at)
+        optimiser = (torch.optim.SGD if method == "WISE" else torch.optim.Adam)(model.parameters(), lr=lr)
+        losses = []
+        for _ in range(steps):
+            optimiser.zero_grad()
+            loss = reference_loss(model(input_ids=ids).logits[:, :-1], labels, anchors=anchors, **settings)
+            losses.append(loss.item())
+            loss.backward()
+            optimiser.step()
+        return losses
+
+    @pytest.mark.parametrize("old", [False, True])
+    @pytest.mark.parametrize("loss", ["overtone", "cross_entropy"])
+    @pytest.mark.parametrize("method", METHODS)
+    def test_is_the_definition(self, easyeditor, monkeypatch, method, loss, old):
+        """Step by step; with models of before `loss_function`, too."""
+        if old:
+            monkeypatch.setattr("overtone.easyedit.model_loss.takes_loss_function", lambda model_class: False)
+        overtone.easyedit.install()
+        model, copied = tiny_models.build(), tiny_models.build()
+        run = self.edit(method, {"name": loss, "hold": False, "anchor": 2, "anchor_epsilon": 1e-3}, model)
+        preset = OverToneConfig.preset({"FT": "ft-m"}.get(method, method.lower())).as_kwargs()
+        own = preset if loss == "overtone" else {"epsilon": 0.0, "lam": 1.0}
+        settings = {**own, "anchor": 2.0, "anchor_epsilon": 1e-3, "hold": None}
+        expected = self.literally(method, copied, lr=0.1 if method == "WISE" else 1e-2, **settings)
+        assert run.losses == pytest.approx(expected, rel=1e-4)
+        alone = self.edit(method, {"name": loss, "hold": False}, tiny_models.build()).losses
+        assert run.losses[-1] != pytest.approx(alone[-1] + 2e-3, rel=1e-2)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, copied.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_is_of_the_model_before_this_edit(self, easyeditor, method):
+        """In a row of edits, what the earlier ones have changed is kept, too: at first nothing has moved."""
+        overtone.easyedit.install()
+        model = tiny_models.build()
+        anchored = {"name": "overtone", "hold": False, "anchor": 2, "anchor_epsilon": 0.25}
+        for _ in range(2):
+            alone = self.edit(method, {"name": "overtone", "hold": False}, copy.deepcopy(model), steps=1).losses
+            first, *_ = self.edit(method, anchored, model).losses
+            assert first == pytest.approx(alone[0] + 0.5, rel=1e-5)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_the_models_forward_is_watched_while_it_is_asked_for_alone(self, easyeditor, monkeypatch, method):
+        overtone.easyedit.install()
+        watched = []
+
+        def look(*args, **arguments):
+            watched.append("forward" in vars(model))
+            return original(*args, **arguments)
+
+        original = EditLoss.__call__
+        monkeypatch.setattr(EditLoss, "__call__", look)
+        for token_loss in ({"name": "overtone", "hold": False}, {"name": "overtone", "hold": False, "anchor": 1}):
+            model = tiny_models.build()
+            self.edit(method, token_loss, model)
+            assert "forward" not in vars(model)
+        assert watched == [False] * 4 + [True] * 4
+
+    def test_of_padded_texts_are_the_real_tokens_before_each_target(self, monkeypatch):
+        """Padded left, not, right, and with words after the target; the mask says which tokens are real."""
+        model = tiny_models.build()
+        ids = torch.tensor([[0, 0, 5, 6, 8], [1, 5, 6, 8, 9], [5, 6, 8, 0, 0], [5, 6, 8, 7, 4]])
+        mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+        labels = torch.tensor([[-100] * 4 + [8], [-100] * 3 + [8, 9], *[[-100, -100, 8, -100, -100]] * 2])
+        loss = EditLoss("test", cross_entropy, anchor=1.0)
+        seen = []
+        original = EditLoss.anchored
+        monkeypatch.setattr(EditLoss, "anchored", lambda *args: seen.append(args[2][0]) or original(*args))
+        with model_loss(model, loss):
+            model(input_ids=ids, attention_mask=mask, labels=labels)
+        (group,) = seen
+        assert group.at.view(4, 5).nonzero().tolist() == [[0, 2], [1, 1], [2, 0], [3, 0]]
+        logits = model(input_ids=ids, attention_mask=mask).logits.detach()
+        torch.testing.assert_close(group.log_probs, logits.log_softmax(-1)[[0, 1, 2, 3], [2, 1, 0, 0]])
+
+    def test_a_hold_waits_for_it(self, easyeditor):
+        overtone.easyedit.install()
+        held = {"name": "cross_entropy", "hold": 0.5}
+        alone = self.edit("FT", held, tiny_models.build(), steps=60).losses
+        waiting = self.edit("FT", {**held, "anchor": 1, "anchor_epsilon": 1e-4}, tiny_models.build(), steps=60).losses
+        assert alone[-1] == 0
+        assert len(waiting) > len(alone)
+
+    def test_comes_off_after_an_exception(self, easyeditor, monkeypatch):
+        overtone.easyedit.install()
+        for method in METHODS:
+            model = tiny_models.build()
+            monkeypatch.setattr(EditLoss, "anchored", lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                self.edit(method, {"name": "overtone", "anchor": 1}, model)
+            assert not {"forward", "_loss_function"} & set(vars(model))
+
+    @pytest.mark.parametrize("inputs", ["inputs_embeds", "half"])
+    def test_needs_whole_texts(self, inputs):
+        model = tiny_models.build()
+        ids = torch.tensor([[5, 6, 7, 8]])
+        call = {"inputs_embeds": model.get_input_embeddings()(ids)} if inputs == "inputs_embeds" else {"input_ids": ids}
+        kept = {"logits_to_keep": 2} if inputs == "half" else {}
+        with (
+            pytest.raises(ValueError, match="anchor needs the"),
+            model_loss(model, EditLoss("test", cross_entropy, anchor=1.0)),
+        ):
+            model(**call, **kept, labels=ids[:, -2:] if kept else ids)
 
 
 class TestHeldSteps:

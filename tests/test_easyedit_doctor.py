@@ -116,6 +116,18 @@ class TestTraps:
         else:
             assert not any("total_step" in line for line in found(config_of("lora", lora_type="adalora")))
 
+    def test_an_anchors_floor_keeps_a_trainer_from_stopping(self):
+        for name, message in (("ft-m", "FT-M stops below a mean loss"), ("wise", "WISE stops at a total loss")):
+            unheld = found(config_of(name, token_loss="cross_entropy:anchor=1"))
+            assert any(message in line and "floor of 0.05" in line for line in unheld)
+            held = config_of(name, token_loss="cross_entropy:anchor=1+hold=1")
+            low = config_of(name, token_loss="cross_entropy:anchor=1+anchor_epsilon=0.001")
+            assert not any(message in line for line in found(held) + found(low))
+
+    def test_an_anchor_where_no_prompt_leads_to_the_target(self):
+        config = {"alg_name": "ROME", "model_name": "llama", "token_loss": "overtone:anchor=1"}
+        assert any("anchor=1 is for trainers" in line for line in fatal(config))
+
     def test_qlora(self):
         config = {"alg_name": "QLoRA", "model_name": "llama", "token_loss": "overtone"}
         assert any("labels do not follow the prompt" in line for line in found(config))
@@ -129,6 +141,21 @@ class TestTraps:
         config = {"alg_name": "ROME", "model_name": "llama", "token_loss": "overtone:hold=none"}
         assert any("ROME stops below a total of 0.05" in line for line in found(config))
         assert not any("0.05" in line for line in found({**config, "token_loss": "overtone"}))
+
+    @pytest.mark.parametrize("method", ["MEMIT", "AlphaEdit"])
+    def test_a_loss_that_reads_a_model_cut_short(self, tmp_path, method):
+        (folder := tmp_path / "llama").mkdir()
+        (folder / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 6}')
+        config = {"alg_name": method, "model_name": str(folder), "v_loss_layer": 5}
+        assert not any("cut short" in line for line in found(config))
+        assert any("not the last of the model's 6 layers" in line for line in found({**config, "v_loss_layer": 4}))
+        assert not any("cut short" in line for line in found({**config, "model_name": "llama", "v_loss_layer": 4}))
+
+    def test_alphaedit_knows_few_families(self):
+        assert any("makes no projection" in line for line in fatal({"alg_name": "AlphaEdit", "model_name": "mistral"}))
+        assert not fatal({"alg_name": "AlphaEdit", "model_name": "qwen2.5-7b"})
+        assert not fatal({"alg_name": "MEMIT", "model_name": "mistral"})
+        assert any("null_space_project" in line for line in found({"alg_name": "AlphaEdit", "model_name": "llama"}))
 
     def test_fields(self):
         @dataclass

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from overtone.easyedit.hparams import choose
+from overtone.easyedit.methods import BY_NAME
+from overtone.easyedit.vstar import VSTAR
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 3.0, 1.0, 0.5]], requires_grad=True)
 LABELS = torch.tensor([0, 2])
@@ -71,6 +73,23 @@ class TestWise:
     def test_bad_templates(self):
         with pytest.raises(ValueError, match="context_templates must be true or false, got 1"):
             choose({"name": "overtone", "context_templates": 1}, "wise")
+
+
+class TestAnchor:
+    """What must stay, where a prompt leads to the target."""
+
+    @pytest.mark.parametrize("name", ["overtone", "overtone_recommended", "cross_entropy"])
+    @pytest.mark.parametrize("method", ["FT", "LoRA", "MELO", "WISE", "FT_uns", "LoRA_uns"])
+    def test_is_kept(self, method, name):
+        loss = BY_NAME[method].choose({"name": name, "anchor": "1", "anchor_epsilon": "1e-1"}).loss
+        assert (loss.anchor, loss.anchor_epsilon) == (1, 0.1)
+
+    def test_is_refused_by_every_other_method(self):
+        others = [name for name, trainer in BY_NAME.items() if not trainer.takes_anchor]
+        assert {"QLoRA", "GRACE", "DEFER", *(trainer.name for trainer in VSTAR)} == set(others)
+        for name in others:
+            with pytest.raises(ValueError, match=r"token_loss: anchor=1 is for trainers .* leave it out"):
+                BY_NAME[name].choose("cross_entropy:anchor=1")
 
 
 class TestErrors:

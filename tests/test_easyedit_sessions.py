@@ -11,7 +11,7 @@ import torch
 from overtone.easyedit.hparams import choose
 from overtone.lab.edit.easyedit import process
 from overtone.lab.edit.easyedit.algorithms import easyedit_cannot_minimise
-from overtone.lab.edit.easyedit.losses import OVERTONE_METHODS, token_loss
+from overtone.lab.edit.easyedit.losses import OVERTONE_METHODS, hparams_token_loss
 from overtone.lab.edit.easyedit.rows import RowByRow
 from overtone.lab.edit.easyedit.session import open_easyedit_session
 from overtone.lab.edit.easyedit.statistics import second_moment
@@ -25,7 +25,7 @@ class TestTokenLoss:
     """The lab's losses say in EasyEdit's words what they say in the lab."""
 
     def test_cross_entropy_is_the_methods_own(self):
-        assert token_loss("FT", parse("cross_entropy")) is None
+        assert hparams_token_loss("FT", parse("cross_entropy")) is None
 
     @pytest.mark.parametrize("alg_name", OVERTONE_METHODS)
     @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ class TestTokenLoss:
     def test_the_adapters_minimise_the_same_loss(self, alg_name, spec):
         """Also where they would hold by default and the spec does not."""
         method = OVERTONE_METHODS[alg_name]
-        found, expected = choose(token_loss(alg_name, parse(spec)), method).loss, parse(spec).build(method)
+        found, expected = choose(hparams_token_loss(alg_name, parse(spec)), method).loss, parse(spec).build(method)
         assert (found.description, found.epsilon, found.hold) == (
             expected.description,
             expected.epsilon,

@@ -265,6 +265,27 @@ class TestFirstChoices:
             overtone_loss(leaf, torch.tensor([0]), epsilon=9.0, hold=("settled", mean)).backward()
             assert (leaf.grad is None) == is_held
 
+    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+    @pytest.mark.parametrize("hold", ["settled", "correct", 0.2, 2.3, ("correct", "settled"), ("correct", 2.3)])
+    def test_with_another_models_logits(self, hold, reduction):
+        """The loss with reference_logits holds and clips where the literal one does."""
+        generator, labels = torch.Generator().manual_seed(0), torch.tensor([2, -100, 0])
+        outcomes = set()
+        for label_logit in (0.0, 1.0, 4.0):
+            logits, unedited = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+            logits[[0, 2], labels[[0, 2]]] += label_logit
+            settings = {"epsilon": 0.4, "hold": hold, "reduction": reduction, "reference_logits": unedited, "lam": 0.9}
+            leaves = [logits.clone().requires_grad_() for _ in range(2)]
+            values = [overtone_loss(leaves[0], labels, **settings), reference_loss(leaves[1], labels, **settings)]
+            torch.testing.assert_close(*values)
+            for value in values:
+                value.sum().backward()
+            outcomes.add(leaves[0].grad is None)
+            assert (leaves[0].grad is None) == (leaves[1].grad is None)
+            if leaves[0].grad is not None:
+                torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+        assert outcomes == {True, False}
+
     def test_ignored_tokens_are_not_waited_for(self):
         """What is no label need not be right."""
         leaf = self.LOGITS.clone().requires_grad_()

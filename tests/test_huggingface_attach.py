@@ -46,16 +46,6 @@ class Seen:
         self.steps += 1
 
 
-@pytest.fixture
-def model() -> Any:
-    return tiny_models.build()
-
-
-@pytest.fixture
-def batch(model: Any) -> dict[str, torch.Tensor]:
-    return tiny_models.ragged_batch(model)
-
-
 class TestLoss:
     @pytest.mark.parametrize("arch", tiny_models.ARCHITECTURES)
     def test_is_the_reference_on_the_same_tokens(self, arch):
@@ -132,6 +122,17 @@ class TestWrappers:
         handle.detach()
         assert loss.item() == pytest.approx(50)
         assert loss_of(wrapped, batch) == before
+
+    @pytest.mark.parametrize("kind", ["bare", "peft"])
+    def test_an_attached_model_is_exported(self, model, batch, kind):
+        """torch.export looks into the forward for its code; what comes out computes what went in."""
+        wrapped = model if kind == "bare" else self.wrapped(kind, model)
+        model.config.use_cache = False  # export knows no DynamicCache
+        with attach(wrapped):
+            expected = wrapped(**batch)
+            outputs = torch.export.export(wrapped, (), batch, strict=False).module()(**batch)
+        torch.testing.assert_close(outputs.logits, expected.logits)
+        torch.testing.assert_close(outputs.loss, expected.loss)
 
     def test_assigning_on_the_wrapper_is_the_trap_that_attach_avoids(self, model, batch):
         """The same function put on the PeftModel is ignored by transformers, which is why attach never does that."""

@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 from tiny_trainer import arguments, rows
 from transformers import Trainer
@@ -15,16 +14,6 @@ from overtone import OverToneConfig
 from overtone.huggingface import attach, compute_loss_func
 
 CONSTANT = OverToneConfig(epsilon=50.0)
-
-
-@pytest.fixture
-def model() -> Any:
-    return tiny_models.build()
-
-
-@pytest.fixture
-def batch(model: Any) -> dict[str, torch.Tensor]:
-    return tiny_models.ragged_batch(model)
 
 
 class TestWithoutGradients:

@@ -11,6 +11,7 @@ import tiny_models
 import torch
 import transformers
 from datasets import Dataset
+from largest_tensor import LargestTensor
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -40,16 +41,6 @@ SIZES: dict[str, Any] = {
 
 
 @pytest.fixture
-def model() -> Any:
-    return tiny_models.build()
-
-
-@pytest.fixture
-def batch(model: Any) -> dict[str, torch.Tensor]:
-    return tiny_models.ragged_batch(model)
-
-
-@pytest.fixture
 def process_group() -> Any:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
@@ -73,19 +64,6 @@ def assert_fused_is_unfused(model: Any, inputs: dict[str, Any], rtol: float = 1e
     for name, gradient in gradients.items():
         torch.testing.assert_close(fused_gradients[name], gradient, rtol=rtol, atol=rtol, msg=name)
     return fused_gradients
-
-
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the most elements that any operation's result had."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
 
 
 class TestLoss:
@@ -492,3 +470,33 @@ class TestTrainer:
                 [metrics["eval_loss"], *(log["loss"] for log in trainer.state.log_history if "loss" in log)]
             )
         assert histories[1] == pytest.approx(histories[0], rel=1e-4)
+
+    def test_a_step_in_bfloat16_is_as_exact_as_cross_entropy(self, batch, tmp_path):
+        """One step of SGD against float64, where the loss is cross-entropy: rounding is all that it adds."""
+
+        def step(*, exact=False, **attached):
+            model = tiny_models.build(sharpness=1.0).to(torch.float64 if exact else torch.float32)
+            before = {name: parameter.detach().double().clone() for name, parameter in model.named_parameters()}
+            if attached:
+                attach(model, OverToneConfig(lam=1.0, epsilon=0.0), **attached)
+            arguments = TrainingArguments(
+                str(tmp_path),
+                max_steps=1,
+                learning_rate=0.5,
+                max_grad_norm=0,
+                optim="sgd",
+                bf16=not exact,
+                report_to="none",
+                use_cpu=True,
+                save_strategy="no",
+            )
+            Trainer(model, arguments, train_dataset=Dataset.from_list(rows)).train()
+            return {name: parameter.detach().double() - before[name] for name, parameter in model.named_parameters()}
+
+        rows = [{name: value[row] for name, value in batch.items()} for row in range(3)]
+        truth, yardstick = step(exact=True), step()
+        for fused in (False, True):
+            moved = step(fused=fused)
+            for name, exact in truth.items():
+                error, allowed = ((steps[name] - exact).norm() for steps in (moved, yardstick))
+                assert error <= 1.25 * allowed + 1e-3 * exact.norm(), (name, fused)

@@ -19,16 +19,6 @@ CONSTANT = OverToneConfig(epsilon=100.0)
 HELD = OverToneConfig(epsilon=50.0, hold="settled")
 
 
-@pytest.fixture
-def model() -> Any:
-    return tiny_models.build()
-
-
-@pytest.fixture
-def batch(model: Any) -> dict[str, torch.Tensor]:
-    return tiny_models.ragged_batch(model)
-
-
 @pytest.fixture(autouse=True)
 def no_trainer_compiles_the_next_ones_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch_compile=True stays behind in the environment, where the process's later Trainers find it."""

@@ -22,16 +22,6 @@ CONSTANT = OverToneConfig(epsilon=50.0)
 """Every token is settled at 50: no other loss gives this value."""
 
 
-@pytest.fixture
-def model() -> Any:
-    return tiny_models.build()
-
-
-@pytest.fixture
-def batch(model: Any) -> dict[str, torch.Tensor]:
-    return tiny_models.ragged_batch(model)
-
-
 def own_loss(**inputs: Any) -> Any:
     return CausalLMOutput(loss=torch.ones((), requires_grad=True))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradients import value_and_gradient
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from kernel_cases import (
     FLOATS,
     KERNELS,
@@ -24,10 +24,18 @@ from overtone.functional import reference_loss
 from overtone.kernels import Clip, Target
 from overtone.kernels import torch as torch_kernel
 
+BELOW_ZERO = (
+    torch.tensor([[-math.inf, 0.0, 1.0, -1.0]], dtype=torch.float64),
+    torch.tensor([1]),
+    {"epsilon": 0.0, "n_sigma": None, "lam": 1e-9, "check": False, "reduction": "none"},
+)
+"""A KL that the literal loss rounds to a little below 0, with a gradient that is not 0."""
+
 
 class TestAgainstTheReference:
     @settings(max_examples=500, deadline=None)
     @given(problems())
+    @example(BELOW_ZERO)
     def test_value_and_gradient_are_equal_to_1e_12(self, problem):
         """Wherever rounding does not decide a branch, for any settings, ties, banned tokens and ignored rows."""
         logits, labels, arguments = problem
@@ -157,6 +165,17 @@ class TestDecisions:
         torch.testing.assert_close(value, expected)
         torch.testing.assert_close(gradient, expected_gradient)
         assert gradient[0, 1] == pytest.approx(logits[0].softmax(dim=0)[1].item())
+
+    @every_kernel
+    @pytest.mark.parametrize("banned", [1, 2, 4])
+    def test_mean_over_labels_that_are_banned_with_a_number(self, loss, banned):
+        """Each costs as much as float32 can hold; their mean is no more than that."""
+        logits, labels = draw_tokens(4, 7, dtype=torch.float32)
+        logits[range(banned), labels[:banned]] = torch.finfo(torch.float32).min
+        value, gradient = value_and_gradient(loss, logits, labels)
+        expected, expected_gradient = value_and_gradient(reference_loss, logits.double(), labels)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-7)
 
 
 class TestPrecision:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import mini_lab
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from overtone.lab.edit.batched_lora import BatchedLora
 from overtone.lab.edit.cached_ft import CachedDownProjection
-from overtone.lab.edit.fit import fit
+from overtone.lab.edit.fit import fit, target_loss
 from overtone.lab.edit.many import fit_many, target_job, target_texts
 from overtone.lab.edit.weights import open_down_projection, open_lora
 from overtone.lab.model.fingerprint import fingerprint
@@ -33,7 +34,7 @@ LOSSES = {"cross-entropy": F.cross_entropy, "held": parse("overtone:epsilon=1.5+
 def weights_one_by_one(model, method, seed, batch, token_loss, **settings):
     opening = METHODS[method][0]
     with opening(model, seed=seed) if method == "lora" else opening(model) as parameters:
-        trace = fit(model, parameters, batch, token_loss, **settings)
+        trace = fit(parameters, target_loss(model, batch, token_loss), **settings)
         return torch.cat([parameter.detach().flatten() for parameter in parameters]), trace
 
 
@@ -63,7 +64,7 @@ def test_a_snapshot_is_the_edit_that_stops_there(method):
     opened = METHODS[method][1](model)
     batch = encode_targets(mini_lab.tokenizer(), list(EDITS[0]))
     thresholds = {"3.0": 3.0, "1.0": 1.0, "1e-9": 1e-9}
-    watch = lambda loss, _: [name for name, below in thresholds.items() if loss <= below]  # noqa: E731
+    watch = lambda loss, *_: [name for name, below in thresholds.items() if loss <= below]  # noqa: E731
     whole = target_job(batch, F.cross_entropy, opened.start(0), watch=watch)
     (fitted,) = fit_many(model, opened, [whole], steps=15, lr=0.05)
     assert fitted.snapshots.keys() == {"3.0", "1.0"}
@@ -72,6 +73,58 @@ def test_a_snapshot_is_the_edit_that_stops_there(method):
         (stopped,) = fit_many(model, opened, [stopping], steps=15, lr=0.05)
         assert (stopped.steps, stopped.ended) == (snapshot.steps, "held")
         assert torch.equal(stopped.weights, snapshot.weights)
+
+
+def plain_loop(model, parameters, pairs, rows, *, steps, lr):
+    """Adam on the texts that take part in each step, with their mean cross-entropies averaged."""
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    for step in range(steps):
+        optimizer.zero_grad()
+        means = []
+        for row in rows(step):
+            batch = encode_targets(mini_lab.tokenizer(), [pairs[row]])
+            logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1)
+            means.append(F.cross_entropy(logits, batch.labels[:, 1:].flatten()))
+        torch.stack(means).mean().backward()
+        optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in parameters])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_texts_of_an_edit_may_change_from_step_to_step(method):
+    """Two edits in a pass, one with a single text in even steps and two in odd ones, the other the other way round."""
+    model, settings = mini_lab.random_model("gemma3").double(), {"steps": 5, "lr": 0.05}
+    texts = [(*EDITS[2], *EDITS[3]), (*EDITS[0], *EDITS[1])]
+    plans = [lambda step: [2] if step % 2 == 0 else [1, 0], lambda step: [0] if step % 2 == 1 else range(2)]
+    opened = METHODS[method][1](model)
+
+    def job(pairs, rows, seed):
+        batch = encode_targets(mini_lab.tokenizer(), list(pairs))
+
+        def objective(logits, rows):
+            labels = [batch.targets[row] for row in rows]
+            parts = logits.split([len(own) for own in labels])
+            return torch.stack([F.cross_entropy(part, own) for part, own in zip(parts, labels, strict=True)]).mean()
+
+        return dataclasses.replace(
+            target_job(batch, F.cross_entropy, opened.start(seed)), objective=objective, rows=rows
+        )
+
+    jobs = [job(pairs, rows, seed) for seed, (pairs, rows) in enumerate(zip(texts, plans, strict=True))]
+    for seed, fitted in enumerate(fit_many(model, opened, jobs, **settings)):
+        opening = METHODS[method][0]
+        with opening(model, seed=seed) if method == "lora" else opening(model) as parameters:
+            expected = plain_loop(model, parameters, texts[seed], plans[seed], **settings)
+        torch.testing.assert_close(fitted.weights, expected)
+
+
+@pytest.mark.parametrize("rows", [[], [1], [-1]])
+def test_a_step_without_texts_of_the_job_is_refused(rows):
+    model = mini_lab.random_model()
+    opened = BatchedLora(model)
+    whole = target_job(encode_targets(mini_lab.tokenizer(), list(EDITS[0])), F.cross_entropy, opened.start(0))
+    with pytest.raises(ValueError, match=rf"rows must name some of the job's 1 texts.*{re.escape(str(rows))} after 0"):
+        fit_many(model, opened, [dataclasses.replace(whole, rows=lambda _: rows)], steps=1, lr=0.1)
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "mistral", "gemma3", "gpt2"])
@@ -105,7 +158,7 @@ def test_the_model_comes_back_bit_for_bit_also_from_a_loss_that_fails(method):
         for pairs in EDITS
     ]
     fit_many(model, opened, jobs, steps=2, lr=0.05)
-    broken = dataclasses.replace(jobs[0], objective=lambda logits: logits.sum() * float("nan"))
+    broken = dataclasses.replace(jobs[0], objective=lambda logits, _: logits.sum() * float("nan"))
     with pytest.raises(RuntimeError, match="lower lr"):
         fit_many(model, opened, [jobs[1], broken], steps=2, lr=0.05)
     assert fingerprint(model) == before

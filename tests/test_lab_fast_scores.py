@@ -11,10 +11,10 @@ import torch
 from overtone.lab.edit.batched_lora import BatchedLora
 from overtone.lab.edit.cached_ft import CachedDownProjection
 from overtone.lab.edit.weights import open_down_projection, open_lora
-from overtone.lab.score.answers import begins_with, normalised
+from overtone.lab.model.answers import begins_with, is_settled, normalised
+from overtone.lab.model.completion import complete
 from overtone.lab.score.batched import examine_many, score_many
-from overtone.lab.score.completion import complete
-from overtone.lab.score.completions import spoken_answers
+from overtone.lab.score.completions import say_many
 from overtone.lab.score.scores import examine, score
 
 METHODS = {"lora": (open_lora, BatchedLora), "ft-m": (open_down_projection, CachedDownProjection)}
@@ -87,14 +87,11 @@ def test_how_many_share_a_pass_changes_nothing(tokens_at_once):
     assert [s.kl for s in scores] == pytest.approx([s.kl for s in alone])
 
 
-def test_the_unedited_model_changes_nothing_and_says_what_it_knew():
-    (model, said), tokenizer, edit = speaking_model(), mini_lab.tokenizer(), mini_lab.edit()
-    known = dataclasses.replace(edit, target_old=" " + said[0])
-    unknown = dataclasses.replace(edit, target_old=" " + next(w for w in ("tea", "milk") if w != said[0]))
+def test_the_unedited_model_changes_nothing():
+    model = mini_lab.random_model()
     opened = BatchedLora(model)
-    exams = examine_many(model, tokenizer, opened, [known, unknown])
+    exams = examine_many(model, mini_lab.tokenizer(), opened, edits())
     scores = score_many(model, opened, [(exam, opened.start(0)) for exam in exams])
-    assert [s.says_old for s in scores] == [True, False]
     assert all(s.accuracy()["loc"] == 1 and s.kl == pytest.approx(0, abs=1e-6) for s in scores)
 
 
@@ -124,24 +121,29 @@ def test_portability_can_leave_out_probes_that_ask_for_the_target_itself():
     assert scores.accuracy(without_new_target=True)["por"] == of_kind["one_hop"].accuracy
 
 
+@pytest.mark.parametrize("tokens_at_once", [1, 10**6])
 @pytest.mark.parametrize("method", METHODS)
-def test_spoken_answers_come_from_each_edits_own_weights(method):
+def test_what_edited_models_say_comes_from_each_edits_own_weights(method, tokens_at_once):
     model, tokenizer = mini_lab.random_model(), mini_lab.tokenizer()
     opened = METHODS[method][1](model)
-    exams = examine_many(model, tokenizer, opened, edits())
     weights = random_weights(opened, 2)
-    shares = spoken_answers(model, tokenizer, opened, list(zip(exams, weights, strict=True)))
-    for exam, flat, share in zip(exams, weights, shares, strict=True):
-        prompts = [probe.prompt for probe in exam.probes if probe.kind != "soft"][: len(exam.measures)]
+    said = []
+    for edit, flat in zip(edits(), weights, strict=True):
         with with_weights(model, method, flat):
-            said = complete(model, tokenizer, prompts, 30)
-        for measure in share:
-            hits = [
-                begins_with(text, (probe.answer,))
-                for probe, kind, text in zip(exam.probes, exam.measures, said, strict=False)
-                if kind == measure
-            ]
-            assert share[measure] == pytest.approx(sum(hits) / len(hits))
+            said.append(complete(model, tokenizer, [edit.prompt, *(probe.prompt for probe in edit.generality)], 2))
+    # Each rephrasing is answered in that edit's own words, and in no other edit's.
+    asked = [
+        dataclasses.replace(
+            edit, generality=(dataclasses.replace(edit.generality[0], aliases=(own[1].upper() + "!",)),)
+        )
+        for edit, own in zip(edits(), said, strict=True)
+    ]
+    assert said[0] != said[1]
+    for order in (weights, weights[::-1]):
+        exams = examine_many(model, tokenizer, opened, asked)
+        shares = say_many(model, tokenizer, opened, list(zip(exams, order, strict=True)), tokens_at_once=tokens_at_once)
+        assert [share["gen"] for share in shares] == ([1.0, 1.0] if order is weights else [0.0, 0.0])
+        assert all("loc" not in share for share in shares)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +160,37 @@ def test_spoken_answers_come_from_each_edits_own_weights(method):
 )
 def test_a_completion_begins_with_an_answer_as_whole_words(completion, answers, expected):
     assert begins_with(completion, answers) is expected
+
+
+@pytest.mark.parametrize("answers", [("the Paris Commune", "Lyon"), ("New York", "New York City"), ("A B", "an")])
+def test_a_completion_is_settled_once_nothing_that_follows_can_change_the_verdict(answers):
+    texts = [
+        "The Paris, commune!",
+        "paris communes",
+        "the LYON and",
+        "An apple",
+        "New Yorker",
+        "new york, city of",
+        "a b",
+    ]
+    for text in texts:
+        for end in range(len(text) + 1):
+            if is_settled(text[:end], answers):
+                verdict = begins_with(text[:end], answers)
+                assert all(begins_with(text[:end] + rest, answers) is verdict for rest in (text[end:], "", "x", " x"))
+    assert not is_settled("", answers)
+    assert is_settled("Rome", answers)
+
+
+def test_a_batch_is_completed_only_until_its_verdicts_are_settled():
+    (model, said), tokenizer, edit = speaking_model(), mini_lab.tokenizer(), mini_lab.edit()
+    prompts, passes = [edit.prompt] * 2, []
+    model.register_forward_pre_hook(lambda *_: passes.append(None))
+    wrong, right = ["milk milk milk"], [said[0]]
+    assert complete(model, tokenizer, prompts, 9, answers=[wrong, wrong]) == [said[0]] * 2
+    assert len(passes) == 1
+    assert complete(model, tokenizer, prompts, 9, answers=[wrong, right]) == [said[0], " ".join(said)]
+    assert len(passes) == 1 + 2
 
 
 def test_an_answer_without_words_is_refused():

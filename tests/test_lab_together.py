@@ -23,6 +23,8 @@ LOSSES = [
     *("cross_entropy", "cross_entropy:hold=0.5", "cross_entropy:hold=2", "cross_entropy:hold=correct"),
     *("overtone:epsilon=0.5", "overtone:epsilon=0.5+hold=settled", "overtone:epsilon=0.5+hold=correct,1.0"),
     *("label_smoothing:smoothing=0.2", "overtone:dynamic=false+hold=settled"),
+    *("cross_entropy:anchor=1", "cross_entropy:hold=0.5+anchor=1"),
+    *("overtone:epsilon=0.5+hold=settled+anchor=3+anchor_epsilon=0.2", "overtone:epsilon=0.5+anchor=0.5"),
 ]
 
 
@@ -67,7 +69,7 @@ def by_key(sequences):
 @pytest.mark.parametrize("length", [1, 2])
 @pytest.mark.parametrize("method", ["lora", "ft-m"])
 def test_records_are_those_of_the_edits_made_one_by_one(workplace, method, length):
-    tasks = grid(method, length, LOSSES if length == 1 else LOSSES[1:6:2])
+    tasks = grid(method, length, LOSSES if length == 1 else [*LOSSES[1:6:2], LOSSES[-1]])
     shared = by_key(records for task in together(tasks, at_once=3) for records in task.perform(workplace))
     alone = by_key(task.perform(workplace) for task in tasks)
     assert shared.keys() == alone.keys()
@@ -88,7 +90,7 @@ def test_thresholds_share_one_run(workplace):
     assert {"cross_entropy", "cross_entropy:hold=0.5", "cross_entropy:hold=2", "cross_entropy:hold=correct"} in sizes
     assert {"overtone:epsilon=0.5", "overtone:epsilon=0.5+hold=settled"} in sizes
     assert sum(map(len, sizes)) == len(LOSSES)
-    assert len(sizes) == 5
+    assert len(sizes) == 8
 
 
 @pytest.mark.parametrize("method", ["lora", "ft-m"])
@@ -109,7 +111,8 @@ def test_a_shared_run_keeps_the_gate_of_a_hold_on_first_choices(method):
 
     alone = gradient(lambda leaf: losses[0].build(method).mean(leaf, torch.tensor([label])))
     assert alone.abs().sum() > 0
-    assert torch.equal(gradient(Family(losses, method).job(batch, torch.zeros(1)).objective), alone)
+    together = Family(losses, method).job(batch, torch.zeros(1), None)
+    assert torch.equal(gradient(lambda leaf: together.objective(leaf, [0])), alone)
 
 
 def test_a_run_ends_with_the_last_of_its_losses(workplace):
@@ -118,7 +121,7 @@ def test_a_run_ends_with_the_last_of_its_losses(workplace):
     batch = encode_targets(workplace.tokenizer, edits()[0].pairs)
     family = Family([parse("cross_entropy:hold=2"), parse("cross_entropy:hold=0.5")], "lora")
     (fitted,) = together_module.fit_many(
-        workplace.model, opened, [family.job(batch, opened.start(0))], steps=99, lr=0.02
+        workplace.model, opened, [family.job(batch, opened.start(0), None)], steps=99, lr=0.02
     )
     ends = family.results(fitted)
     assert fitted.steps == ends["cross_entropy:hold=0.5"][0].steps < 99
@@ -151,6 +154,32 @@ def test_a_row_keeps_the_weights_of_its_last_edit_alone(workplace, monkeypatch):
     assert alive == [0, 1, 1, 1]
 
 
-def test_a_group_is_as_many_sequences_as_share_a_pass_with_all_their_losses():
+def test_a_group_of_single_edits_is_one_run_of_as_many_edits_as_share_a_pass():
+    """So what is finished is on disk after one run, not after the runs of all losses."""
     groups = together(grid("lora"), at_once=3)
-    assert [len(group.tasks) for group in groups] == [3 * len(LOSSES), len(LOSSES)]
+    assert [len(group.runs) for group in groups] == [3] * 8 + [1] * 8
+    for group in groups:
+        assert len(families(parse(task.loss) for task in group.runs[0])) == 1
+        assert all({task.loss for task in run} == {task.loss for task in group.runs[0]} for run in group.runs)
+    assert sorted(task.key for group in groups for task in group.tasks) == sorted(task.key for task in grid("lora"))
+
+
+def test_a_group_of_rows_is_as_many_rows_as_share_a_pass():
+    groups = together(grid("lora", length=2), at_once=4)
+    assert [[len(run) for run in group.runs] for group in groups] == [[1] * 4] * 4 + [[1] * 2]
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_edited_models_say_what_they_answer_where_that_is_asked_for(workplace, length):
+    tasks = grid("lora", length, losses=["cross_entropy"])
+    silent, speaking = (
+        by_key(made for group in together(tasks, 2, generates=generates) for made in group.perform(workplace))
+        for generates in (False, True)
+    )
+    for key, records in speaking.items():
+        for record, other in zip(records, silent[key], strict=True):
+            assert {"rel", "gen"} <= record.scores.said.keys() <= {"rel", "gen", "por"}
+            assert dataclasses.replace(record.scores, said={}) == other.scores
+            # With words for tokens an answer is said where it is begun with.
+            assert {name: record.scores.begins[name] for name in record.scores.said} == record.scores.said
+    assert {share for records in speaking.values() for made in records for share in made.scores.said.values()} >= {0, 1}

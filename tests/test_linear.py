@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from largest_tensor import LargestTensor
 
 from overtone import linear, linear_overtone_loss, overtone_loss
 
@@ -265,19 +266,6 @@ class TestEditing:
         assert (weight.grad == 0).all()
 
 
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the most elements that any operation's result had."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
-
-
 class TestMemory:
     def test_never_more_than_a_chunk_of_logits(self):
         """No tensor of the whole call is larger than a chunk's logits."""
@@ -293,6 +281,10 @@ class TestBadInput:
         ("arguments", "message"),
         [
             ({"weight": torch.zeros(5, 3)}, r"weight must be \(V, H\) .* got weight \(5, 3\) for hidden \(2, 4\)"),
+            (
+                {"hidden": torch.zeros(2, 0), "weight": torch.zeros(5, 0)},
+                r"hidden must have features .* \(2, 0\)",
+            ),
             ({"weight": torch.zeros(5, 4, dtype=torch.bfloat16)}, "weight must be torch.float32 .* got torch.bfloat16"),
             ({"bias": torch.zeros(4)}, r"bias must be \(5,\)"),
             ({"chunk_size": 0}, "chunk_size must be .* got 0"),

@@ -129,6 +129,7 @@ class TestModule:
         """A log line of the module says everything about it."""
         assert repr(OverToneLoss()) == (
             "OverToneLoss(epsilon=0.05, n_sigma=0.5, lam=0.1, check=True, hold=None, "
+            "anchor=0.0, anchor_epsilon=0.05, "
             "ignore_index=-100, reduction='mean')"
         )
 

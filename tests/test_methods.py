@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from overtone import OverToneConfig, OverToneLoss
-from overtone.lab.edit.fit import fit
+from overtone.lab.edit.fit import fit, target_loss
 from overtone.lab.edit.methods import METHODS
 from overtone.lab.edit.weights import open_down_projection, open_lora
 from overtone.lab.model.fingerprint import fingerprint
@@ -75,7 +75,7 @@ class TestRestoring:
         model, batch = mini_lab.random_model(arch), edit_batch()
         before = snapshot(model)
         with method.open(model, method.settings, 0) as parameters:
-            trace = fit(model, parameters, batch, F.cross_entropy, steps=30, lr=1e-2)
+            trace = fit(parameters, target_loss(model, batch, F.cross_entropy), steps=30, lr=1e-2)
             logits, labels = target_logits(model, batch)
             assert F.cross_entropy(logits, labels) < 0.5 * trace.losses[0]
         assert_restored(model, before)
@@ -90,7 +90,7 @@ class TestRestoring:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt), method.open(model, method.settings, 0) as parameters:
-            fit(model, parameters, batch, F.cross_entropy, steps=30, lr=1e-2, observe=interrupted)
+            fit(parameters, target_loss(model, batch, F.cross_entropy), steps=30, lr=1e-2, observe=interrupted)
         assert_restored(model, before)
 
 
@@ -155,7 +155,7 @@ class TestFit:
             loss.backward()
             optimizer.step()
         with open_down_projection(model) as (edited,):
-            trace = fit(model, [edited], batch, F.cross_entropy, steps=5, lr=1e-2)
+            trace = fit([edited], target_loss(model, batch, F.cross_entropy), steps=5, lr=1e-2)
             torch.testing.assert_close(edited, weight)
         assert trace.losses == pytest.approx(losses, rel=1e-5)
         assert (trace.steps, trace.ended) == (5, "steps")
@@ -163,9 +163,8 @@ class TestFit:
     def test_early_stopping_ends_before_the_step_once_the_loss_is_low(self):
         model, batch = mini_lab.random_model(), edit_batch()
         with open_down_projection(model) as parameters:
-            trace = fit(
-                model, parameters, batch, parse("cross_entropy:hold=0.1").build("ft-m").mean, steps=100, lr=1e-2
-            )
+            loss_of = target_loss(model, batch, parse("cross_entropy:hold=0.1").build("ft-m").mean)
+            trace = fit(parameters, loss_of, steps=100, lr=1e-2)
         assert trace.ended == "held"
         assert trace.steps == len(trace.losses) - 1 < 100
         assert trace.losses[-1] <= 0.1 < min(trace.losses[:-1])
@@ -176,7 +175,7 @@ class TestFit:
         model, batch = mini_lab.random_model(), edit_batch()
         held = OverToneLoss(OverToneConfig(epsilon=0.3, hold_settled=True))
         with METHODS[method].open(model, METHODS[method].settings, 0) as parameters:
-            trace = fit(model, parameters, batch, held, steps=200, lr=1e-2)
+            trace = fit(parameters, target_loss(model, batch, held), steps=200, lr=1e-2)
             assert trace.ended == "held"
             assert trace.steps == len(trace.losses) - 1 < 200
             edited = [parameter.detach().clone() for parameter in parameters]
@@ -190,7 +189,7 @@ class TestFit:
     def test_observes_the_model_before_every_step(self):
         model, batch, seen = mini_lab.random_model(), edit_batch(), []
         with open_down_projection(model) as parameters:
-            fit(model, parameters, batch, F.cross_entropy, steps=3, lr=1e-2, observe=seen.append)
+            fit(parameters, target_loss(model, batch, F.cross_entropy), steps=3, lr=1e-2, observe=seen.append)
         assert seen == [0, 1, 2]
 
     def test_says_when_the_loss_is_not_finite(self):
@@ -200,5 +199,10 @@ class TestFit:
             pytest.raises(RuntimeError, match=r"nan after 0 steps with lr=0\.01"),
             open_down_projection(model) as weights,
         ):
-            fit(model, weights, batch, lambda logits, labels: logits.sum() * torch.nan, steps=3, lr=1e-2)
+            fit(
+                weights,
+                target_loss(model, batch, lambda logits, labels: logits.sum() * torch.nan),
+                steps=3,
+                lr=1e-2,
+            )
         assert fingerprint(model) == before

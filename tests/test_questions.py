@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from overtone.lab.data.edit import Question
+from overtone.lab.model.completion import complete
 from overtone.lab.score import questions
-from overtone.lab.score.completion import complete
 from overtone.lab.score.questions import ask, final_answer, names_one_of
 
 SINGLE = (

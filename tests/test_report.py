@@ -6,10 +6,11 @@ import csv
 import io
 import random
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from result_records import TRACE, record, results_of, sequence, singles, write
+from result_records import TRACE, record, results_of, scores, sequence, singles, write
 from rich.console import Console
 
 from overtone import cli
@@ -272,3 +273,11 @@ class TestTerminal:
         assert re.search(r"cross-entropy +50\.0 +50\.0", text)
         assert re.search(r"\d+-\d+", text)
         assert "lr=0.005, steps=50" in text
+
+    @pytest.mark.parametrize("share", [None, 0.5])
+    def test_the_caption_explains_the_columns_that_are_there(self, share):
+        """A run that generates nothing after its prompts has no such column, and is told nothing of it."""
+        begins = {} if share is None else {"gen": share}
+        records = singles([0.5, 0.5], scores=replace(scores(0.5), begins=begins))
+        said = " ".join(self.lines(measures_of_single_edits, records))
+        assert said.lower().count("gen begins") == (0 if share is None else 1)

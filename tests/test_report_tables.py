@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from result_records import record, results_of, scores, sequence, singles
 
 from overtone.lab.report import tables
+from overtone.lab.report.blocks import editing_blocks
 from overtone.lab.report.tables import BEST_BASELINE, BEST_STOP, FULL_LOSS, resampled_units
 
 TO_BASELINE, TO_STOP = f"difference to {BEST_BASELINE}", f"difference to {BEST_STOP}"
@@ -27,16 +29,27 @@ class TestEditingTable:
     def test_means_of_each_measure(self):
         table = editing_table(
             [
-                record(index=0, sequence=0, scores=scores(1.0, rel=0.5, loc=0.0), steps=10, perplexity=2.0),
-                record(index=1, sequence=1, scores=scores(1.0, rel=1.0, loc=0.5), steps=30, perplexity=8.0),
+                record(index=0, sequence=0, scores=scores(1.0, rel=0.5, loc=0.0), steps=10, seconds=1, perplexity=2),
+                record(index=1, sequence=1, scores=scores(1.0, rel=1.0, loc=0.5), steps=30, seconds=2, perplexity=8),
             ]
         )
         found = row(table, "cross_entropy")
-        assert (found["rel"], found["loc"], found["steps"]) == (0.75, 0.25, 20.0)
+        assert (found["rel"], found["loc"], found["steps"], found["seconds"]) == (0.75, 0.25, 20.0, 1.5)
         assert found["average"] == pytest.approx((2.5 / 4 + 3.5 / 4) / 2)
         assert found["perplexity"] == pytest.approx(4.0), "the geometric mean of 2 and 8"
         assert found["kl"] == pytest.approx(0.2)
         assert found["lr"] == 0.005
+
+    def test_what_edited_models_said_is_a_column_where_they_were_let_speak(self):
+        said = [replace(scores(1.0), said={"rel": 1.0, "gen": share}) for share in (0.0, 1.0)]
+        table = editing_table([record(index=n, sequence=n, scores=own) for n, own in enumerate(said)])
+        found = row(table, "cross_entropy")
+        assert (found["rel said"], found["gen said"]) == (1.0, 0.5)
+        assert "por said" not in table
+        (block,) = editing_blocks(table)
+        assert "Gen said" in block.head
+        (silent,) = editing_blocks(editing_table([record()]))
+        assert "Gen said" not in silent.head
 
     def test_a_measure_without_probes_is_left_out(self):
         values = scores(1.0)

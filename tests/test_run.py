@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import MappingProxyType
 
 import mini_lab
 import pytest
 import torch
 
+import overtone
 from overtone import cli
 from overtone.config import RECOMMENDED
 from overtone.lab.data.corpora import CORPORA
@@ -22,6 +26,7 @@ from overtone.lab.edit.compared import COMPARED
 from overtone.lab.edit.easyedit.algorithms import ALGORITHMS
 from overtone.lab.edit.methods import METHODS
 from overtone.lab.edit.sessions import WeightSession
+from overtone.lab.model.completion import complete
 from overtone.lab.model.sources import NamedModel
 from overtone.lab.model.training import ARCHITECTURES
 from overtone.lab.model.workplace import NotRestoredError, Workplace
@@ -31,7 +36,6 @@ from overtone.lab.run.run import Run
 from overtone.lab.run.settings import GRIDS, RunSettings, preset
 from overtone.lab.run.sharding import Rank
 from overtone.lab.run.task import SequenceTask
-from overtone.lab.score.completion import complete
 from overtone.token_loss import parse
 
 ALONE = Rank(0, 1)
@@ -95,6 +99,22 @@ def finish(grid, out, shard=ALONE):
     """All there is left to do in a folder; how many edits that was, and the run."""
     started = begun(grid, out, shard)
     return sum(started.perform()), started
+
+
+@pytest.fixture(scope="session")
+def finished_folder(model, tmp_path_factory):
+    """The grid of `settings`, made once; not to be written to."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "open_corpus", lambda *arguments, **others: MiniCorpus())
+        finish(settings(model), folder)
+    return folder
+
+
+@pytest.fixture
+def finished(finished_folder, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(finished_folder, tmp_path / "finished"))
 
 
 def stored(out):
@@ -236,41 +256,46 @@ class TestRun:
 
 
 class TestResume:
-    def test_what_is_finished_is_not_made_again(self, model, corpora, tmp_path):
+    def test_what_is_finished_is_not_made_again(self, model, corpora, finished):
         """A finished run has nothing left; a larger one makes what is new, a smaller one loses nothing."""
-        made, first = finish(settings(model), tmp_path)
-        assert finish(settings(model), tmp_path)[0] == 0
+        assert finish(settings(model), finished)[0] == 0
         more = ("overtone", "cross_entropy", "overtone_held")
-        assert finish(settings(model, losses=more), tmp_path)[0] == 3 + 2
-        assert finish(settings(model, losses=("overtone_held",), lengths=(2,)), tmp_path)[0] == 0
-        assert len(first.results.read_all()[1]) == made + 5
+        assert finish(settings(model, losses=more), finished)[0] == 3 + 2
+        assert finish(settings(model, losses=("overtone_held",), lengths=(2,)), finished)[0] == 0
+        assert len(stored(finished)[1]) == 2 * (3 + 2) + 5
 
-    def test_refuses_another_model_and_keeps_the_results(self, model, corpora, tmp_path):
-        finish(settings(model), tmp_path / "out")
-        before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    def test_refuses_another_model_and_keeps_the_results(self, corpora, finished, tmp_path):
+        before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
         mini_lab.random_model(seed=1).save_pretrained(tmp_path / "other")
         mini_lab.tokenizer().save_pretrained(tmp_path / "other")
         with pytest.raises(ValueError, match="another fingerprint of short with seed 0: choose another folder"):
-            finish(settings(str(tmp_path / "other")), tmp_path / "out")
-        assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+            finish(settings(str(tmp_path / "other")), finished)
+        assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
     def test_refuses_other_versions_and_recommended_settings(self, model, corpora, tmp_path, monkeypatch):
         """One name would stand for two losses."""
         begun(settings(model), tmp_path)
         with monkeypatch.context() as patch:
             patch.setattr(run, "version", lambda name: "0")
+            patch.setattr(run, "__version__", "0")
             with pytest.raises(ValueError, match="another version of overtone, version of peft, "):
                 begun(settings(model), tmp_path)
         monkeypatch.setitem(RECOMMENDED, "ft-m", {})
         with pytest.raises(ValueError, match="another recommended setting of ft-m: choose another folder"):
             begun(settings(model), tmp_path)
 
-    def test_refuses_other_edits(self, model, corpora, tmp_path, monkeypatch):
-        finish(settings(model, lengths=(1,)), tmp_path)
+    def test_asks_no_installation_for_its_own_version(self, model, corpora, tmp_path, monkeypatch):
+        """A checkout that was never installed has a version, too."""
+        installed = importlib.metadata.version
+        monkeypatch.setattr(run, "version", lambda name: None if name == "overtone" else installed(name))
+        begun(settings(model), tmp_path)
+        assert json.loads((tmp_path / HEADER).read_text())["versions"]["overtone"] == overtone.__version__
+
+    def test_refuses_other_edits(self, model, corpora, finished, monkeypatch):
         edits = MiniCorpus.edits
         monkeypatch.setattr(MiniCorpus, "edits", lambda self, count, *, seed: edits(self, 4, seed=seed)[::-1][:count])
         with pytest.raises(ValueError, match="holds other edits of short"):
-            begun(settings(model, lengths=(1,)), tmp_path)
+            begun(settings(model), finished)
 
 
 class TestSharedPasses:
@@ -300,14 +325,25 @@ class TestSharedPasses:
     def test_ranks_do_not_part_what_shares_a_pass(self, model, corpora, tmp_path):
         grid = settings(model, at_once=2, lengths=(1,), edits=4)
         shares = [begun(grid, tmp_path, Rank(rank, 2)).left() for rank in (0, 1)]
-        assert [sorted({task.sequence for task in share}) for share in shares] in ([[0, 1], [2, 3]], [[2, 3], [0, 1]])
-        assert all(len(share) == 4 for share in shares)
+        assert [len(share) for share in shares] == [4, 4]
+        for share in shares:
+            for loss in {task.loss for task in share}:
+                assert {task.sequence for task in share if task.loss == loss} in ({0, 1}, {2, 3}, {0, 1, 2, 3})
 
     def test_what_is_finished_is_not_made_again(self, model, corpora, tmp_path):
         grid = settings(model, at_once=2, lengths=(1,), edits=4)
         started = begun(grid, tmp_path)
         next(started.perform())
         assert finish(grid, tmp_path)[0] == started.plan.edits - 1
+
+    def test_what_edited_models_say_is_asked_for_and_never_mixed_with_what_was_not(self, model, corpora, tmp_path):
+        grid = settings(model, at_once=2, lengths=(1,), edits=2)
+        finish(dataclasses.replace(grid, generate=True), tmp_path)
+        assert all({"rel", "gen"} <= record.scores.said.keys() for record in stored(tmp_path)[1])
+        with pytest.raises(ValueError, match="another choice of --generate: choose another folder"):
+            begun(grid, tmp_path)
+        with pytest.raises(ValueError, match="generate is for edits that share a pass, but at_once is 1"):
+            Run(settings(model, generate=True), tmp_path, shard=ALONE)
 
     def test_only_facts_that_the_model_knows(self, model, corpora, tmp_path, monkeypatch):
         monkeypatch.setattr(NamedModel, "knows", lambda _, edits: [edit.target_new != " dan" for edit in edits])
@@ -318,20 +354,19 @@ class TestSharedPasses:
         ):
             Run(settings(model, lengths=(1,), edits=4, only_known=True), tmp_path, shard=ALONE)
 
-    def test_knows_is_what_generation_begins_with(self, model):
+    def test_knows_is_what_generation_begins_with_as_normalised_text(self, model):
         source = NamedModel(model)
         workplace = source.open(MiniCorpus(), 0).workplace
-        (said,) = complete(workplace.model, workplace.tokenizer, [mini_lab.edit().prompt], 1)
-        known = dataclasses.replace(mini_lab.edit(), target_old=f" {said}")
+        (said,) = complete(workplace.model, workplace.tokenizer, [mini_lab.edit().prompt], 2)
+        known = dataclasses.replace(mini_lab.edit(), target_old=f" The {said.upper()}")
         unknown = dataclasses.replace(mini_lab.edit(), target_old=" tea" if said != "tea" else " milk")
         unnamed = dataclasses.replace(mini_lab.edit(), target_old="")
         assert source.knows([unknown, known, unnamed]) == [False, True, False]
 
 
 class TestShards:
-    def test_ranks_write_what_one_process_writes(self, model, corpora, tmp_path):
+    def test_ranks_write_what_one_process_writes(self, model, corpora, finished_folder, tmp_path):
         """And the first one waits for the other; a number of ranks may go on with what another number has left."""
-        finish(settings(model), tmp_path / "alone")
         made, first = finish(settings(model), tmp_path / "ranks", Rank(0, 2))
         waiting = first.wait_for_others(every=0.0)
         assert next(waiting) == made < first.plan.edits
@@ -340,7 +375,7 @@ class TestShards:
         assert left == {task.key for task in first.plan.tasks if not first.results.has(task.key)}
         finish(settings(model), tmp_path / "ranks", Rank(1, 2))
         assert list(waiting)[-1] == first.plan.edits
-        assert stored(tmp_path / "ranks") == stored(tmp_path / "alone")
+        assert stored(tmp_path / "ranks") == stored(finished_folder)
 
 
 def bench_command(out, model, *extra):
@@ -370,6 +405,23 @@ class TestCommand:
         assert names == {HEADER, EDITS, "report.md", "table1.csv", "forgetting.csv", "figures"}
         assert len(stored(in_one_go)[1]) == 2 * (2 + 2)
 
+    def test_two_ranks_write_the_same(self, model, in_one_go, tmp_path, monkeypatch):
+        """By the variables that torchrun sets; the second rank in a process of its own."""
+        command = bench_command(tmp_path, model)
+        of_two = {"WORLD_SIZE": "2", "RANK": "1"}
+        subprocess.run(
+            [sys.executable, "-m", "overtone", *command],
+            env={**self.ENVIRONMENT, **of_two},
+            check=True,
+            capture_output=True,
+        )
+        assert 0 < len(list((tmp_path / EDITS).iterdir())) < len(list((in_one_go / EDITS).iterdir()))
+        for name, value in (of_two | {"RANK": "0"}).items():
+            monkeypatch.setenv(name, value)
+        assert cli.main(command) == 0
+        assert stored(tmp_path) == stored(in_one_go)
+
+    @pytest.mark.slow
     def test_two_ranks_of_torchrun_write_the_same(self, model, in_one_go, tmp_path):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*launch, "-m", "overtone", *bench_command(tmp_path, model)]

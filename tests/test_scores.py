@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from overtone.diagnostics import underfitting_degree
 from overtone.lab.data.edit import Edit, Probe
 from overtone.lab.edit.weights import open_down_projection
-from overtone.lab.score.completion import complete, is_exact_match
+from overtone.lab.model.completion import complete, is_exact_match
 from overtone.lab.score.scores import examine, kl_divergence, score
 from overtone.lab.score.traces import Tracer
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from overtone import OverToneConfig, overtone_loss
+from overtone import Anchors, OverToneConfig, overtone_loss
 from overtone.config import PRESETS
 from overtone.functional import reference_loss
 from overtone.token_loss import NAMED_LOSSES, parse
@@ -47,6 +47,9 @@ class TestSpelling:
             ("overtone:dynamic=false+epsilon=0.0", "overtone:epsilon=0+dynamic=false"),
             ("overtone:epsilon=0.123456789", "overtone:epsilon=0.123456789"),
             ("overtone_recommended:hold=false", "overtone_recommended:hold=none"),
+            ("overtone:dynamic=false+anchor=1.0+lam=0.5", "overtone:lam=0.5+anchor=1+dynamic=false"),
+            ("overtone:anchor=0+anchor_epsilon=0.05", "overtone"),
+            ("cross_entropy:anchor_epsilon=0+anchor=2+hold=0.1", "cross_entropy:hold=0.1+anchor=2+anchor_epsilon=0"),
             ({"name": "overtone"}, "overtone"),
             ({"name": "overtone", "epsilon": "5e-2", "n_sigma": None}, "overtone:epsilon=0.05+n_sigma=none"),
             ({"name": "overtone", "hold": ["0.2", "correct"]}, "overtone:hold=correct,0.2"),
@@ -104,6 +107,9 @@ class TestSpelling:
             "overtone:hold=settled",
             "overtone_recommended:hold=false",
             "overtone_recommended:epsilon=0",
+            *(f"{name}:anchor=2" for name in ("cross_entropy", "overtone", "overtone_recommended")),
+            "cross_entropy:hold=0.1+anchor=1",
+            "cross_entropy:anchor=1+anchor_epsilon=0.1",
         ]
         assert len({parse(spec).title for spec in specs}) == len({parse(spec).name for spec in specs}) == len(specs)
 
@@ -123,7 +129,7 @@ class TestRefusals:
             ({}, "must have a name, got None"),
             ("overtone:", "'' is not field=value; write overtone:field=value"),
             ("overtone:lam", "'lam' is not field=value"),
-            ("overtone:gamma=1", "unknown field 'gamma': overtone takes epsilon, n_sigma, lam, check, hold, dynamic"),
+            ("overtone:gamma=1", "unknown field 'gamma': overtone takes epsilon, .* hold, anchor"),
             ("cross_entropy:lam=1", "unknown field 'lam': cross_entropy takes hold"),
             ("overtone:lam=1+lam=1", "lam is given twice"),
             ("overtone:lam=2", r"lam must be a number in \[0, 1\], got 2"),
@@ -144,6 +150,11 @@ class TestRefusals:
             ("eaft:top_k=2.5", "top_k must be a whole number from 2 .*, got 2.5"),
             ("eaft:top_k=1", "top_k must be a whole number from 2 .*, got 1"),
             ("overtone:hold=0.1+hold_settled=true", "hold and hold_settled are both given"),
+            *((f"{name}:anchor=-1", "anchor must be .*, got -1") for name in ("overtone", "cross_entropy")),
+            ("cross_entropy:anchor=1+anchor_epsilon=-1", "anchor_epsilon must be .*, got -1"),
+            ("overtone:anchor_epsilon=0.1", "anchor_epsilon=0.1 does nothing without an anchor"),
+            ("cross_entropy:anchor_epsilon=0.1", "anchor_epsilon=0.1 does nothing without an anchor"),
+            ("gem:anchor=1", "unknown field 'anchor': gem takes beta, hold"),
         ],
         ids=str,
     )
@@ -371,3 +382,49 @@ class TestHold:
     def test_is_not_held_where_no_gradient_is_wanted(self):
         logits, labels = confident(9.0)
         assert parse("overtone:hold=settled").build("lora")(logits.detach(), labels)[1] is False
+
+
+class TestAnchor:
+    """What a step keeps, beside its targets: positions among the same logits."""
+
+    AT = torch.tensor([True, True, False, False, False, True])
+
+    def step(self, spec, scale=0.3):
+        """A loss, the logits of a step, and the anchors of a model that they have moved away from."""
+        (logits, labels), (before, _) = tokens(0), tokens(1)
+        before = logits.detach() + scale * before.detach()
+        return parse(spec).build("lora"), logits, labels, Anchors.record(before, self.AT)
+
+    def mean(self, loss, logits, labels, *groups):
+        logits, anchored = loss.anchored(logits, groups)
+        values, held = loss(logits[~self.AT], labels[~self.AT], anchored=anchored)
+        return values.mean(), held
+
+    @pytest.mark.parametrize("epsilon", [0.0, 0.5])
+    def test_overtone_is_the_core_with_the_same_anchors(self, epsilon):
+        loss, logits, labels, group = self.step(f"overtone:anchor=2+anchor_epsilon={epsilon}")
+        value, _ = self.mean(loss, logits, labels, group)
+        settings = {**OverToneConfig.preset("lora").as_kwargs(), "anchor": 2.0, "anchor_epsilon": epsilon}
+        exact = overtone_loss(logits, labels.masked_fill(self.AT, -100), anchors=group, **settings)
+        torch.testing.assert_close(value, exact)
+        torch.testing.assert_close(gradient(value, logits), gradient(exact, logits))
+
+    def test_cross_entropy_beside_the_literal_kl_of_each_group(self):
+        loss, logits, labels, _ = self.step("cross_entropy:anchor=3+anchor_epsilon=0")
+        groups = [Anchors.record(tokens(2)[0], torch.arange(6) == place) for place in (0, 5)]
+        value, _ = self.mean(loss, logits, labels, *groups)
+        kls = [F.kl_div(logits.log_softmax(-1)[[i]], tokens(2)[0].softmax(-1)[[i]], reduction="sum") for i in (0, 5)]
+        torch.testing.assert_close(value, F.cross_entropy(logits[2:5], labels[2:5]) + 3 * sum(kls))
+
+    @pytest.mark.parametrize(("scale", "held"), [(0.0, True), (0.3, False)])
+    @pytest.mark.parametrize("spec", ["overtone:epsilon=100+hold=settled", "cross_entropy:hold=100"])
+    def test_holds_only_where_nothing_has_moved(self, spec, scale, held):
+        assert self.mean(*self.step(f"{spec}+anchor=1", scale))[1] is held
+
+    @pytest.mark.parametrize("spec", ["overtone:anchor=1", "cross_entropy:anchor=1"])
+    def test_is_not_left_out_in_silence(self, spec):
+        loss, logits, labels, _ = self.step(spec)
+        with pytest.raises(ValueError, match="anchor=1 is not used here"):
+            loss.mean(logits, labels)
+        with pytest.raises(ValueError, match="groups must hold Anchors"):
+            loss.anchored(logits, [])

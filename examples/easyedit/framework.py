@@ -23,7 +23,11 @@ CLASSES = {
     "LoRA": ("easyeditor.models.lora", "LoRAHyperParams"),
     "MELO": ("easyeditor.models.melo", "MELOHyperParams"),
     "WISE": ("easyeditor.models.wise", "WISEHyperParams"),
+    "MEMIT": ("easyeditor.models.memit", "MEMITHyperParams"),
+    "AlphaEdit": ("easyeditor.models.alphaedit", "AlphaEditHyperParams"),
 }
+LAYERS = {"llama-3.2-3b-instruct": 28, "qwen2.5-7b-instruct": 28}
+"""Of the models that the files are for; of the others 32."""
 
 Config = dict[str, Any]
 Request = dict[str, Any]
@@ -41,10 +45,19 @@ def load_config(path: Path, model: str | None = None, **changes: Any) -> Config:
     return config
 
 
+def with_changes(config: Config, changes: str) -> Config:
+    """The config with values as a command line spells them, in JSON: ``act_ratio=0.5;layers=[2,3]``."""
+    for change in filter(None, changes.split(";")):
+        name, _, value = change.partition("=")
+        section = config["grace"] if config["alg_name"] == "MELO" and name in config["grace"] else config
+        section[name] = json.loads(value)
+    return config
+
+
 def fit_to_model(config: Config, model: str) -> None:
     """Point the file at another model: its path everywhere, its depth where a layer is named, the CPU without CUDA."""
     depth = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
-    old_depth = 32
+    old_depth = LAYERS.get(Path(config["model_name"]).name, 32)
 
     def fit(layer: int) -> int:
         return layer * depth // old_depth if old_depth > depth else layer
@@ -55,8 +68,10 @@ def fit_to_model(config: Config, model: str) -> None:
     config["model_name"] = model
     if not torch.cuda.is_available():
         config["device"] = "cpu"
-    if config["alg_name"] == "FT":
+    if config["alg_name"] in ("FT", "MEMIT", "AlphaEdit"):
         config["layers"] = sorted({fit(layer) for layer in config["layers"]})
+        if "v_loss_layer" in config:
+            config["v_loss_layer"] = depth - 1
     elif config["alg_name"] == "WISE":
         config["inner_params"] = [fit_path(path) for path in config["inner_params"]]
     elif config["alg_name"] == "MELO":

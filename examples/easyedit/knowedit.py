@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from framework import MEASURES, Request, Scores, average, load_config, load_hparams, quiet, scores_of
+from framework import MEASURES, Request, Scores, average, load_config, load_hparams, quiet, scores_of, with_changes
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -95,6 +95,10 @@ def main() -> int:
     parser.add_argument("--hparams", type=Path, required=True)
     parser.add_argument("--model", help="folder of another model")
     parser.add_argument("--limit", type=int, help="the first so many records")
+    parser.add_argument(
+        "--losses", nargs="+", metavar="LOSS", help="besides EasyEdit's own; else the file's token_loss"
+    )
+    parser.add_argument("--change", default="", help="hparams to change, as lr=0.001;layers=[2,3]")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if "EASYEDIT_ROOT" in os.environ:
@@ -104,12 +108,14 @@ def main() -> int:
     overtone.easyedit.install()
     requests = read(arguments.data)[: arguments.limit]
     arguments.out.mkdir(parents=True, exist_ok=True)
-    losses = {"cross-entropy": None, "overtone": load_config(arguments.hparams).get("token_loss", "overtone")}
+    in_file = {"overtone": load_config(arguments.hparams).get("token_loss", "overtone")}
+    losses = {"cross-entropy": None, **({loss: loss for loss in arguments.losses} if arguments.losses else in_file)}
     console = Console(stderr=True)
     table = Table("loss", "edits", *MEASURES, "Avg", title=f"{arguments.data.stem}, {arguments.hparams.stem}")
     for name, token_loss in losses.items():
         config = load_config(arguments.hparams, arguments.model, token_loss=token_loss)
-        file = arguments.out / f"{name}.jsonl"
+        with_changes(config, arguments.change)
+        file = arguments.out / f"{name.replace(':', '-')}.jsonl"
         records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         done = {record["case"] for record in records}
         left = [case for case in range(len(requests)) if case not in done]

@@ -21,7 +21,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from framework import HPARAMS, MEASURES, Config, Request, average, examine, load_config, load_hparams, quiet, scores_of
+from framework import (
+    HPARAMS,
+    MEASURES,
+    Config,
+    Request,
+    average,
+    examine,
+    load_config,
+    load_hparams,
+    quiet,
+    scores_of,
+    with_changes,
+)
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -99,10 +111,7 @@ def config_of(job: Job, model: str) -> Config:
     """The method's yaml file, fitted to the lab's model."""
     config = load_config(HPARAMS / f"{FILES[job.method]}-llama-2-7b-chat.yaml", model)
     (config["grace"] if job.method == "MELO" else config).update(SMALL[job.method])
-    for change in filter(None, job.changes.split(";")):
-        name, _, value = change.partition("=")
-        section = config["grace"] if job.method == "MELO" and name in config["grace"] else config
-        section[name] = json.loads(value)
+    with_changes(config, job.changes)
     config["token_loss"] = job.loss
     return config
 

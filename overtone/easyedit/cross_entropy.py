@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from overtone.easyedit.prompts import Prompts, prompts_of
 from overtone.token_loss import EditLoss
 
 
 class _Edit:
     """One running edit: its loss, and which positions its trainer has been seen to use."""
 
-    def __init__(self, loss: EditLoss) -> None:
+    def __init__(self, loss: EditLoss, prompts: Prompts | None) -> None:
         self.loss = loss
         self.calls = 0
+        self._prompts = prompts
         self._used_rows: dict[bytes, Tensor] = {}
 
     def values(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
@@ -35,7 +37,10 @@ class _Edit:
         counted = labels != ignore_index
         if used is not None:
             counted = counted & used
-        token_values, held = self.loss(logits[counted], labels[counted], may_hold=used is not None)
+        anchored = None
+        if self._prompts is not None:
+            logits, anchored = self._prompts.anchored(logits, None if used is None else counted)
+        token_values, held = self.loss(logits[counted], labels[counted], may_hold=used is not None, anchored=anchored)
         # Zeros and not nothing: WISE asserts that its weight has a gradient, and SGD stands still on zeros.
         token_values = token_values * 0 if held else token_values
         values = token_values.new_zeros(labels.shape).masked_scatter(counted, token_values)
@@ -76,18 +81,19 @@ class CrossEntropyStandIn(nn.CrossEntropyLoss):
 
 
 @contextmanager
-def running(loss: EditLoss) -> Iterator[None]:
-    """Let the stand-ins compute this loss, in this thread, inside the block.
+def running(loss: EditLoss, model: nn.Module) -> Iterator[None]:
+    """Let the stand-ins compute this loss, in this thread, inside the block, from what this model says.
 
     Raises:
         RuntimeError: at the end, if no stand-in was asked for the loss.
     """
-    edit = _Edit(loss)
-    token = _running.set(edit)
-    try:
-        yield
-    finally:
-        _running.reset(token)
+    with prompts_of(model, loss) as prompts:
+        edit = _Edit(loss, prompts)
+        token = _running.set(edit)
+        try:
+            yield
+        finally:
+            _running.reset(token)
     if not edit.calls:
         raise RuntimeError(never_used(loss))
 

@@ -46,7 +46,7 @@ def _hook(module: ModuleType, patches: Patches, name: str, execute: str) -> None
                 f"token_loss is not used with objective_optimization {hparams.objective_optimization!r} (FT-L): set "
                 "objective_optimization: target_new, which is FT-M, or leave token_loss out"
             )
-        with running(loss):
+        with running(loss, model):
             return original(*args, **kwargs)
 
     patches.attribute(module, "CrossEntropyLoss", CrossEntropyStandIn)

@@ -27,7 +27,7 @@ def _problem(module: ModuleType, editor: str) -> str | None:
 def _hook(module: ModuleType, patches: Patches, name: str, editor: str) -> None:
     def edit(original: Any, *args: Any, **kwargs: Any) -> Any:
         itself, hparams = arguments(original, args, kwargs, "self", "config")
-        loss = loss_of(hparams, itself.model, name, "melo")
+        loss = loss_of(hparams, itself.model, name, "melo", takes_anchor=False)
         if loss is None:
             return original(*args, **kwargs)
         with model_loss(itself.model, loss):
@@ -46,6 +46,7 @@ def _trainer(name: str, module: str, hparams_class: str, editor: str) -> Trainer
         problem=partial(_problem, editor=editor),
         hook=partial(_hook, name=name, editor=editor),
         optional=True,
+        takes_anchor=False,
     )
 
 

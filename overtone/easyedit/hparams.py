@@ -37,21 +37,29 @@ class Choice:
     context_templates: bool = True
 
 
-def choose(value: object, method: str) -> Choice:
+def choose(value: object, method: str, *, takes_anchor: bool = True) -> Choice:
     """Read the value of `token_loss` for one method.
 
     Args:
         value: what `overtone.token_loss.parse` takes; for WISE, activation_scale and context_templates beside its
             fields.
         method: "ft-m", "lora", "melo" or "wise".
+        takes_anchor: whether the trainer shows the prompt's own tokens to its loss.
 
     Raises:
-        ValueError, TypeError: for an unknown name or option, or a value out of range; the message names it.
+        ValueError, TypeError: for an unknown name or option, a value out of range, or an anchor where there is nothing
+            to anchor; the message names it.
     """
     try:
-        return Choice(parse(value).build(method)) if callable(value) else _choose(value, method)
+        choice = Choice(parse(value).build(method)) if callable(value) else _choose(value, method)
+        if choice.loss is not None and choice.loss.anchor > 0 and not takes_anchor:
+            raise ValueError(
+                f"anchor={choice.loss.anchor:g} is for trainers whose loss follows a prompt: FT-M, LoRA, MELO, WISE, "
+                "FT_uns and LoRA_uns; leave it out here"
+            )
     except (TypeError, ValueError) as error:
         raise type(error)(f"{KEY}: {error}") from error
+    return choice
 
 
 def _choose(value: object, method: str) -> Choice:
@@ -74,12 +82,12 @@ def _choose(value: object, method: str) -> Choice:
     return Choice(loss, float(scale), templates)
 
 
-def choice_of(hparams: Any, trainer: str, method: str) -> Choice | None:
+def choice_of(hparams: Any, trainer: str, method: str, *, takes_anchor: bool = True) -> Choice | None:
     """What the hparams of an edit ask for; None without the key. Each different choice is logged once."""
     value = getattr(hparams, KEY, None)
     if value is None:
         return None
-    choice = choose(value, method)
+    choice = choose(value, method, takes_anchor=takes_anchor)
     announce(f"{trainer}: minimises {choice.loss.description if choice.loss else 'its own cross-entropy'}")
     return choice
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from overtone.easyedit.hparams import KEY, choose, logger
+from overtone.easyedit.hparams import KEY, logger
 from overtone.easyedit.loading import loader
 from overtone.easyedit.methods import BY_NAME, TRAINERS
 from overtone.easyedit.patching import Patches
@@ -149,7 +149,7 @@ def _check_file(cls: type, config: dict[str, Any]) -> None:
     if trainer is None:
         raise ValueError(_not_supported(str(config.get("alg_name", cls.__name__))))
     if config[KEY] is not None:
-        choose(config[KEY], trainer.preset)
+        trainer.choose(config[KEY])
     for trap in traps(config):
         if not trap.always:
             logger.warning("%s hparams: %s", trainer.name, trap)

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from overtone.easyedit.model_loss import innermost, model_loss
+from overtone.easyedit.innermost import innermost
+from overtone.easyedit.model_loss import model_loss
 from overtone.easyedit.patching import Patches
 from overtone.easyedit.trainers import (
     Trainer,
@@ -36,10 +37,10 @@ def _problem(module: ModuleType, execute: str) -> str | None:
     )
 
 
-def _hook(module: ModuleType, patches: Patches, name: str, execute: str) -> None:
+def _hook(module: ModuleType, patches: Patches, name: str, execute: str, takes_anchor: bool) -> None:
     def edit(original: Any, *args: Any, **kwargs: Any) -> Any:
         hparams, model = arguments(original, args, kwargs, "hparams", "model")
-        loss = loss_of(hparams, model, name, "lora")
+        loss = loss_of(hparams, model, name, "lora", takes_anchor=takes_anchor)
         if loss is None:
             return original(*args, **kwargs)
         before = _State(model)
@@ -74,7 +75,9 @@ def _unload(edited: Any, before: _State) -> Any:
     return model
 
 
-def _trainer(name: str, module: str, hparams_class: str, execute: str, optional: bool) -> Trainer:
+def _trainer(
+    name: str, module: str, hparams_class: str, execute: str, *, optional: bool = True, takes_anchor: bool = True
+) -> Trainer:
     return Trainer(
         name,
         preset="lora",
@@ -82,11 +85,13 @@ def _trainer(name: str, module: str, hparams_class: str, execute: str, optional:
         hparams_class=hparams_class,
         way_in=f"the innermost model's loss, while {execute} runs",
         problem=partial(_problem, execute=execute),
-        hook=partial(_hook, name=name, execute=execute),
+        hook=partial(_hook, name=name, execute=execute, takes_anchor=takes_anchor),
         optional=optional,
+        takes_anchor=takes_anchor,
     )
 
 
 LORA = _trainer("LoRA", "lora.lora_main", "LoRAHyperParams", "execute_lora", optional=False)
-QLORA = _trainer("QLoRA", "qlora.qlora_main", "QLoRAHyperParams", "execute_qlora", optional=True)
-LORA_UNS = _trainer("LoRA_uns", "lora_uns.lora_uns_main", "LoRA_uns_HyperParams", "execute_lora_uns", optional=True)
+LORA_UNS = _trainer("LoRA_uns", "lora_uns.lora_uns_main", "LoRA_uns_HyperParams", "execute_lora_uns")
+# Its labels are the target alone, from the first position on: no prompt leads to them.
+QLORA = _trainer("QLoRA", "qlora.qlora_main", "QLoRAHyperParams", "execute_qlora", takes_anchor=False)

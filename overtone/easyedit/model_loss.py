@@ -12,15 +12,10 @@ from torch import Tensor, nn
 
 from overtone.easyedit.cross_entropy import never_used
 from overtone.easyedit.held_steps import held_steps
+from overtone.easyedit.innermost import innermost
 from overtone.easyedit.patching import Patches
+from overtone.easyedit.prompts import prompts_of
 from overtone.token_loss import EditLoss
-
-
-def innermost(model: nn.Module) -> nn.Module:
-    """The language model inside PEFT's wrappers: a loss set on a wrapper is ignored."""
-    while hasattr(model, "get_base_model"):
-        model = model.get_base_model()  # type: ignore[operator]
-    return model
 
 
 def takes_loss_function(model_class: type[nn.Module]) -> bool:
@@ -59,7 +54,10 @@ def model_loss(model: nn.Module, loss: EditLoss) -> Iterator[None]:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = shift_labels.reshape(-1).to(logits.device)
         counted = targets != ignore_index
-        values, held = loss(logits.reshape(-1, logits.shape[-1])[counted], targets[counted])
+        rows, anchored = logits.reshape(-1, logits.shape[-1]), None
+        if prompts is not None:
+            rows, anchored = prompts.anchored(rows, counted)
+        values, held = loss(rows[counted], targets[counted], anchored=anchored)
         since_last_step.append(held)
         # A leaf of zeros, cut off from the model: Adam, which moves on zero gradients, gets none.
         values = torch.zeros_like(values, requires_grad=True) if held else values
@@ -67,7 +65,7 @@ def model_loss(model: nn.Module, loss: EditLoss) -> Iterator[None]:
         return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
     patches = Patches()
-    with held_steps() as since_last_step:
+    with held_steps() as since_last_step, prompts_of(base, loss) as prompts:
         try:
             if takes_loss_function(type(base)):
                 patches.attribute(base, "_loss_function", loss_function)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from overtone.easyedit.hparams import choice_of
+from overtone.easyedit.hparams import Choice, choice_of, choose
 from overtone.easyedit.patching import Patches
 from overtone.token_loss import EditLoss
 
@@ -34,6 +34,7 @@ class Trainer:
         problem: what is wrong with the seam, given the imported module, or None.
         hook: replaces what has to be replaced.
         optional: not in every EasyEdit of the supported range.
+        takes_anchor: whether it shows the prompt's own tokens to its loss.
     """
 
     name: str
@@ -44,6 +45,11 @@ class Trainer:
     problem: Callable[[ModuleType], str | None]
     hook: Callable[[ModuleType, Patches], None]
     optional: bool = False
+    takes_anchor: bool = True
+
+    def choose(self, value: object) -> Choice:
+        """What a value of `token_loss` asks of it; errors as of `overtone.easyedit.hparams.choose`."""
+        return choose(value, self.preset, takes_anchor=self.takes_anchor)
 
     def load(self) -> ModuleType:
         """The trainer's module; the package attribute of that name may be something else."""
@@ -104,13 +110,13 @@ def arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     return [bound[name] for name in names]
 
 
-def loss_of(hparams: Any, model: Any, trainer: str, method: str) -> EditLoss | None:
+def loss_of(hparams: Any, model: Any, trainer: str, method: str, *, takes_anchor: bool = True) -> EditLoss | None:
     """The loss that the hparams of an edit ask for; None where the trainer is to run as it is.
 
     Raises:
         ValueError, TypeError: for a token loss that cannot be used, or an encoder-decoder model.
     """
-    choice = choice_of(hparams, trainer, method)
+    choice = choice_of(hparams, trainer, method, takes_anchor=takes_anchor)
     if choice is None or choice.loss is None:
         return None
     refuse_encoder_decoder(model, hparams)

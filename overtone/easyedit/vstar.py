@@ -128,7 +128,7 @@ def _problem(module: ModuleType, computes: tuple[str, ...], optimises: tuple[str
 def _hook(module: ModuleType, patches: Patches, name: str, computes: tuple[str, ...]) -> None:
     def compute(original: Any, *args: Any, **kwargs: Any) -> Any:
         hparams, model = arguments(original, args, kwargs, "hparams", "model")
-        loss = loss_of(hparams, model, name, METHOD)
+        loss = loss_of(hparams, model, name, METHOD, takes_anchor=False)
         if loss is None:
             return original(*args, **kwargs)
         with _vector_loss(loss):
@@ -151,6 +151,7 @@ def _trainer(
         problem=partial(_problem, computes=computes, optimises=optimises or computes),
         hook=partial(_hook, name=name, computes=computes),
         optional=True,
+        takes_anchor=False,
     )
 
 

@@ -100,7 +100,7 @@ def _hook(module: ModuleType, patches: Patches) -> None:
             return original(editor, *args, **kwargs)
         call = inspect.signature(original).bind(editor, *args, **kwargs)
         call.arguments["config"] = editor.config
-        with running(choice.loss) if choice.loss else nullcontext():
+        with running(choice.loss, editor.model) if choice.loss else nullcontext():
             return original(*call.args, **call.kwargs)
 
     patches.attribute(module, "CrossEntropyLoss", CrossEntropyStandIn)

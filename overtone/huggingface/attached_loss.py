@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from overtone.anchor import Anchors
 from overtone.config import OverToneConfig
 from overtone.huggingface.calls import Calls
 from overtone.huggingface.fused_head import FusedHead
@@ -20,6 +22,7 @@ from overtone.huggingface.loss import (
     causal_lm_loss,
     causal_lm_loss_of_hidden,
 )
+from overtone.huggingface.reference import Reference, record_anchors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,6 +41,8 @@ class AttachedLoss:
     fused_head: FusedHead | None
     eval_loss: EvalLoss
     hold_group: ProcessGroup | None
+    reference: Reference | None = None
+    anchor_top_k: int | None = None
 
     def __call__(
         self,
@@ -61,6 +66,9 @@ class AttachedLoss:
         is_evaluation = self.eval_loss == "cross_entropy" and not torch.is_grad_enabled()
         config = CROSS_ENTROPY if is_evaluation else self.config
         diverted = None if self.fused_head is None else self.fused_head.take(logits)
+        if config.anchor and not (labels is None and shift_labels is None):
+            like = logits if diverted is None else diverted[0]
+            arguments["anchors"] = self._anchors(labels, shift_labels, ignore_index, like, fused=diverted is not None)
         if diverted is None:
             with resharding(config.hold):
                 loss = causal_lm_loss(logits, labels, config, observer=self.observer, **arguments)
@@ -76,7 +84,26 @@ class AttachedLoss:
                 call.is_held |= is_cut_off(loss, *sources)
         return loss
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _anchors(
+        self, labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int, like: Tensor, *, fused: bool
+    ) -> Anchors:
+        """Recorded from the unedited model on the batch of the running forward."""
+        batch = None if self.calls.current is None else self.calls.current.batch
+        if batch is None or self.reference is None:
+            raise ValueError("the anchor of an attached loss needs the model's own forward: call the model with labels")
+        return record_anchors(
+            self.reference,
+            batch,
+            labels,
+            shift_labels,
+            ignore_index=ignore_index,
+            top_k=self.anchor_top_k,
+            like=like,
+            fused_head=self.fused_head if fused else None,
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> AttachedLoss:
-        """With the same observer, as a function would have: a copy of the model reports to it too."""
+        """With the same observer and reference, as a function would have: a copy of the model reports to it too."""
         calls, fused_head = copy.deepcopy((self.calls, self.fused_head), memo)
-        return AttachedLoss(self.config, self.observer, calls, fused_head, self.eval_loss, self.hold_group)
+        return dataclasses.replace(self, calls=calls, fused_head=fused_head)

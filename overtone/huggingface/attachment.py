@@ -15,12 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from overtone.config import OverToneConfig
 from overtone.huggingface.attached_loss import AttachedLoss
 from overtone.huggingface.calls import Calls
-from overtone.huggingface.forward import RECORD, WatchedForward, refuse_wrapper, unwatch, watch
+from overtone.huggingface.forward import RECORD, WatchedForward, unwatch, watch
 from overtone.huggingface.fused_head import FusedHead, refuse_unfusable_model, spreads_vocabulary
 from overtone.huggingface.holding import cut_off_added_terms
 from overtone.huggingface.loss import EvalLoss, Observer, check_eval_loss, checked_config
+from overtone.huggingface.reference import Reference, check_reference
 from overtone.huggingface.verification import find_causal_lm, refuse_unsupported_model, verify_loss_is_called
-from overtone.huggingface.wrappers import keeps_forward_of, peft_wrappers
+from overtone.huggingface.wrappers import keeps_forward_of, peft_wrappers, refuse_replaced_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,6 +71,11 @@ class Record:
         """Whether the newest loss may hold a step."""
         return self.layers[-1].function.config.hold is not None
 
+    @property
+    def has_anchors(self) -> bool:
+        """Whether any loss measures a batch against an unedited model."""
+        return any(layer.function.config.anchor for layer in self.layers)
+
 
 class Attachment:
     """What `attach` returns: the loss is on the model until `detach`, or until the end of its ``with`` block.
@@ -115,6 +121,8 @@ def attach(
     fused: bool | None = None,
     eval_loss: EvalLoss = "cross_entropy",
     hold_group: ProcessGroup | None = None,
+    reference: Reference | None = None,
+    anchor_top_k: int | None = None,
 ) -> Attachment:
     """Make ``model(..., labels=labels).loss`` the OverTone loss, until it is detached.
 
@@ -139,6 +147,12 @@ def attach(
             compared and its exponential is a perplexity, or "overtone", which training without gradients needs (MeZO).
         hold_group: the ranks of torch.distributed that hold together, all or none, each of which has to make the call;
             None for all there are.
+        reference: the unedited model, for a config with an anchor, and only for one. "adapter": this model without its
+            PEFT adapters. A model: one that is called with the same arguments, and does not change. "logits": each
+            training step gives ``reference_logits`` ``(batch, sequence, V)`` beside the labels. The unedited model is
+            run once a batch, in evaluation mode and without gradients.
+        anchor_top_k: keep only that many tokens of each of its distributions, and the others as one; see
+            `overtone.Anchors`. None keeps them all.
 
     Returns:
         A handle with ``detach()``, which is also a context manager.
@@ -149,8 +163,9 @@ def attach(
             language model, a Liger without ``skip_logits`` is on it, or PEFT's CPT around it. One forward of two tokens
             finds out (not where parameters are sharded or not loaded; there the first training step does). With
             fused=True also if the logits are not those of a plain ``torch.nn.Linear`` (soft-capping, a scale, PEFT or
-            quantisation on the output layer), if parameters are sharded or not loaded, or for an observer. Nothing has
-            changed then.
+            quantisation on the output layer), if parameters are sharded or not loaded, or for an observer. With
+            an anchor if there is no reference, if it changes with what is trained, with prompt learning or a vocabulary
+            spread over ranks. Nothing has changed then.
             Later, from a Trainer that computes another loss: label_smoothing_factor, a compute_loss_func.
         RuntimeError: later, from a training step whose loss was computed by something else: TRL's fused loss, put
             on the model after `attach`, or a Trainer that keeps the labels to itself; or whose output layer is no
@@ -162,7 +177,7 @@ def attach(
     refuse_unsupported_model(causal_lm)
     wrappers = list(peft_wrappers(model, causal_lm))
     for wrapper in wrappers:
-        refuse_wrapper(wrapper, causal_lm, can_be_held=False)
+        refuse_replaced_loss(wrapper)
     verify_loss_is_called(causal_lm, inside=model)
     if fused is None:
         fused = observer is None and spreads_vocabulary(causal_lm)
@@ -170,6 +185,7 @@ def attach(
         if observer is not None:
             raise ValueError("observer must be None with fused=True, which makes no logits that it could be shown")
         refuse_unfusable_model(causal_lm, inside=model)
+    check_reference(reference, config, anchor_top_k, inside=model, causal_lm=causal_lm)
 
     record = causal_lm.__dict__.get(RECORD)
     if record is None:
@@ -185,7 +201,16 @@ def attach(
             record.keepers.append(wrapper)
     if fused and record.fused_head is None:
         record.fused_head = FusedHead(causal_lm, record.calls)
-    function = AttachedLoss(config, observer, record.calls, record.fused_head if fused else None, eval_loss, hold_group)
+    function = AttachedLoss(
+        config,
+        observer,
+        record.calls,
+        record.fused_head if fused else None,
+        eval_loss,
+        hold_group,
+        reference,
+        anchor_top_k,
+    )
     replaced = {_SLOT: causal_lm.__dict__[_SLOT]} if _SLOT in causal_lm.__dict__ else {}
     record.layers.append(_Layer(function, replaced))
     causal_lm.loss_function = function

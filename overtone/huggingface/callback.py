@@ -46,8 +46,9 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
         hold_group: as of the loss that the callback is shown.
 
     Raises:
-        ValueError, TypeError: for a stop_after_held that is not a whole number of steps, 1 or more; when training
-            begins, for a hold with fp16=True, whose gradient scaler fails on a step without gradients.
+        ValueError, TypeError: for a stop_after_held that is not a whole number of steps, 1 or more, or that is given
+            with an anchor, of which the callback sees nothing; when training begins, for a hold with fp16=True, whose
+            gradient scaler fails on a step without gradients.
     """
 
     def __init__(
@@ -61,6 +62,11 @@ class TokenStatesCallback(TrainerCallback):  # type: ignore[misc]
         if stop_after_held is not None:
             if isinstance(stop_after_held, bool) or not isinstance(stop_after_held, int):
                 raise TypeError(f"stop_after_held must be a whole number of steps or None, got {stop_after_held!r}")
+            if config.anchor:
+                raise ValueError(
+                    "stop_after_held must be None with an anchor: the callback is shown the targets, and cannot tell "
+                    "whether what must stay has"
+                )
             if stop_after_held < 1:
                 raise ValueError(f"stop_after_held must be 1 or more, or None, got {stop_after_held}")
         self.config = config

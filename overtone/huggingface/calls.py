@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from overtone.huggingface.reference import Batch
 
 
 @dataclass(eq=False)
@@ -20,6 +23,7 @@ class Call:
         expects_head: whether the output layer, when it is called next, is to be passed by.
         diverted: what the output layer was given in place of making logits, and the layer.
         empty_logits: what the output layer returned then.
+        batch: what it was called with, where anchors need to know.
     """
 
     outer: Call | None
@@ -28,6 +32,7 @@ class Call:
     expects_head: bool = False
     diverted: tuple[Tensor, nn.Linear] | None = None
     empty_logits: Tensor | None = None
+    batch: Batch | None = None
 
 
 class Calls(threading.local):

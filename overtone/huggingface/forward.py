@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +19,9 @@ from torch import nn
 
 from overtone.huggingface.calls import Call
 from overtone.huggingface.holding import cut_off_added_terms, cut_off_output
+from overtone.huggingface.reference import Batch
 from overtone.huggingface.trainers import calling_frames, calling_trainer, items_that_count, smooths_labels, trains
-from overtone.huggingface.verification import WAY_OUT, can_be_asked_for_logits, fused_by
+from overtone.huggingface.verification import WAY_OUT, bypassing_loss, can_be_asked_for_logits
 from overtone.huggingface.wrappers import added_loss, for_virtual_tokens, refuse_replaced_loss
 
 if TYPE_CHECKING:
@@ -39,6 +42,12 @@ class WatchedForward:
         """For `inspect.signature`, by which Trainer learns what the model takes."""
         return self.forward
 
+    @property
+    def __code__(self) -> CodeType:
+        """For `torch.export`, which notes where a model's forward is written."""
+        code: CodeType = inspect.unwrap(self.forward).__code__
+        return code
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward, and a look at whether its loss was the attached one."""
         record: Record | None = self.model.__dict__.get(RECORD)
@@ -58,6 +67,8 @@ class WatchedForward:
             kwargs = {**kwargs, "skip_logits": False}
 
         call = Call(outer=record.calls.current)
+        if record.has_anchors or "reference_logits" in kwargs:
+            kwargs = _take_batch(call, record, self, args, kwargs)
         record.calls.current = call
         try:
             if record.fused_head is not None:
@@ -72,7 +83,7 @@ class WatchedForward:
             call.outer.has_asked |= call.has_asked
             call.outer.is_held |= call.is_held
         elif is_trained and labels is not None and not call.has_asked and _has_loss(output):
-            culprit = fused_by(self.model, kwargs) or "a forward that does not call self.loss_function"
+            culprit = bypassing_loss(self.model, kwargs) or "a forward that does not call self.loss_function"
             raise RuntimeError(
                 f"the loss attached to {type(self.model).__name__} was bypassed by {culprit}; detach it and {WAY_OUT}"
             )
@@ -183,22 +194,27 @@ def _refuse_callers(model: nn.Module, record: Record, *, has_labels: bool) -> No
                     "of its own, not on the attached one; detach it, or pass the labels to the model"
                 )
         return
-    for frame in calling_frames():
-        if frame.f_code.co_name in ("forward", "_cpt_forward") and frame.f_globals["__name__"].startswith("peft."):
-            refuse_wrapper(frame.f_locals.get("self"), model, can_be_held=record.can_be_held)
+    wrappers = [
+        frame.f_locals.get("self")
+        for frame in calling_frames()
+        if frame.f_code.co_name in ("forward", "_cpt_forward") and frame.f_globals["__name__"].startswith("peft.")
+    ]
+    for wrapper in wrappers:
+        refuse_replaced_loss(wrapper)
+        if record.can_be_held:
+            _refuse_unheld_terms(wrapper, model, outermost=wrappers[-1])
 
 
 # Callers cannot be seen from inside a graph, so it breaks here: only where a model is trained without labels.
 _refuse_callers_outside_the_graph = torch.compiler.disable(_refuse_callers)
 
 
-def refuse_wrapper(wrapper: Any, model: nn.Module, *, can_be_held: bool) -> None:
-    """Raise a ValueError for a wrapper that replaces the loss, or adds to it unseen while a hold is asked for."""
-    refuse_replaced_loss(wrapper)
+def _refuse_unheld_terms(wrapper: Any, model: nn.Module, outermost: Any) -> None:
+    """Raise a ValueError for a wrapper that adds to the loss unseen; the outermost one is what its user has."""
     is_hooked = any(hook is cut_off_added_terms for hook in wrapper._forward_hooks.values())
-    if can_be_held and not is_hooked and (culprit := added_loss(wrapper)):
+    if not is_hooked and (culprit := added_loss(wrapper)):
         raise ValueError(
-            f"a held step would not hold {culprit}: attach to the {type(wrapper).__name__}, "
+            f"a held step would not hold {culprit}: attach to the {type(outermost).__name__}, "
             f"not to the {type(model).__name__} that it wraps"
         )
 
@@ -220,6 +236,23 @@ def _with_whole_mask(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 _items_that_count = torch.compiler.disable(items_that_count)
+
+
+def _take_batch(
+    call: Call, record: Record, forward: WatchedForward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Keep for anchors what a forward is called with; the arguments without reference_logits, which no model takes."""
+    kwargs = dict(kwargs)
+    logits = kwargs.pop("reference_logits", None)
+    if logits is not None and all(layer.function.reference != "logits" for layer in record.layers):
+        raise ValueError(
+            f"reference_logits must be None for {type(forward.model).__name__}: its loss is not attached with "
+            "reference='logits'"
+        )
+    if logits is None and call.outer is not None and call.outer.batch is not None:
+        logits = call.outer.batch.reference_logits
+    call.batch = Batch(forward.model, forward.forward, args, kwargs, logits)
+    return kwargs
 
 
 def _has_loss(output: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +48,18 @@ class FusedHead:
         diverted, call.diverted = call.diverted, None
         call.empty_logits = empty_logits
         return diverted
+
+    def divert(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Tensor, nn.Linear]:
+        """What a forward of the model without labels gives its output layer, and the layer."""
+        call = Call(outer=self._calls.current, expects_head=True)
+        self._calls.current = call
+        try:
+            forward(**inputs)
+        finally:
+            self._calls.current = call.outer
+        if call.diverted is None:
+            raise RuntimeError("the forward has not called the output layer that the fused loss is attached to")
+        return call.diverted
 
     def remove(self) -> None:
         """Take the hook off."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from overtone.hold import RESHARDS_BY_ITSELF, HoldValue, sends_nothing, without_effect
+from overtone.cut_off import RESHARDS_BY_ITSELF, sends_nothing, without_effect
+from overtone.hold import HoldValue
 
 _MARK = "_overtone_is_held"
 

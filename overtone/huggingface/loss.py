@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from overtone.anchor import AnchorValue
 from overtone.checks import check_tensors
 from overtone.config import OverToneConfig
 from overtone.linear import linear_overtone_loss
@@ -38,6 +39,7 @@ def causal_lm_loss(
     ignore_index: int = -100,
     observer: Observer | None = None,
     hold_group: ProcessGroup | None = None,
+    anchors: AnchorValue = None,
 ) -> Tensor:
     """The OverTone loss of next-token prediction, as transformers' `ForCausalLMLoss` computes cross-entropy.
 
@@ -53,6 +55,9 @@ def causal_lm_loss(
         ignore_index: label of positions that do not count.
         observer: called with logits and next tokens whenever gradients are enabled.
         hold_group: the ranks that hold together, as in `overtone.overtone_loss`.
+        anchors: what must stay, at positions ``(batch, sequence)`` of the logits, where config has an anchor. With
+            num_items_in_batch the anchored term, a mean over this call's positions, counts with this call's share of
+            those label tokens: over all micro-batches of a step the shares make 1. A loss_mask is then refused.
 
     Returns:
         A scalar (of the shape of num_items_in_batch if that is a tensor with dimensions); 0 with its graph if no
@@ -66,9 +71,9 @@ def causal_lm_loss(
     next_tokens, weights = _next_tokens(logits, labels, shift_labels, loss_mask, ignore_index)
     if observer is not None and torch.is_grad_enabled():
         observer(logits.detach(), next_tokens)
-    arguments = {**config.as_kwargs(), "ignore_index": ignore_index, "hold_group": hold_group}
+    arguments = {**config.as_kwargs(), "ignore_index": ignore_index, "hold_group": hold_group, "anchors": anchors}
     loss = partial(overtone_loss, logits, next_tokens, **arguments)
-    return _normalised(loss, next_tokens, weights, num_items_in_batch, ignore_index)
+    return _normalised(loss, next_tokens, weights, num_items_in_batch, ignore_index, is_anchored=config.anchor > 0)
 
 
 def causal_lm_loss_of_hidden(
@@ -82,14 +87,21 @@ def causal_lm_loss_of_hidden(
     loss_mask: Tensor | None = None,
     ignore_index: int = -100,
     hold_group: ProcessGroup | None = None,
+    anchors: AnchorValue = None,
 ) -> Tensor:
     """`causal_lm_loss` of ``head(hidden)`` without ever holding all the logits.
 
     Args:
         hidden: ``(batch, sequence, H)``, what the output layer would be given.
         head: the output layer, of H inputs and V outputs.
-        labels, config, num_items_in_batch, shift_labels, loss_mask, ignore_index, hold_group: as in
+        labels, config, num_items_in_batch, shift_labels, loss_mask, ignore_index, hold_group, anchors: as in
             `causal_lm_loss`.
+
+    Returns:
+        As `causal_lm_loss`.
+
+    Raises:
+        ValueError, TypeError: as `causal_lm_loss`, and `overtone.linear_overtone_loss` for the layer.
     """
     shape_of_logits = hidden.new_empty(()).expand(*hidden.shape[:-1], head.out_features)
     next_tokens, weights = _next_tokens(shape_of_logits, labels, shift_labels, loss_mask, ignore_index)
@@ -102,8 +114,9 @@ def causal_lm_loss_of_hidden(
         **config.as_kwargs(),
         ignore_index=ignore_index,
         hold_group=hold_group,
+        anchors=anchors,
     )
-    return _normalised(loss, next_tokens, weights, num_items_in_batch, ignore_index)
+    return _normalised(loss, next_tokens, weights, num_items_in_batch, ignore_index, is_anchored=config.anchor > 0)
 
 
 def checked_config(config: OverToneConfig | None) -> OverToneConfig:
@@ -145,9 +158,17 @@ def _normalised(
     weights: Tensor | None,
     num_items_in_batch: int | Tensor | None,
     ignore_index: int,
+    *,
+    is_anchored: bool,
 ) -> Tensor:
     """The weighted sum of a loss that takes a reduction, divided as transformers divides."""
-    if weights is None:
+    if is_anchored:
+        if weights is not None:
+            raise ValueError("loss_mask must be None with an anchor: give tokens that are no targets the label -100")
+        if num_items_in_batch is None:
+            return loss()
+        total = loss() * (next_tokens != ignore_index).sum()
+    elif weights is None:
         if num_items_in_batch is None:
             return loss()
         total = loss(reduction="sum")

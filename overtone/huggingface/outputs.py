@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from overtone.config import OverToneConfig
-from overtone.hold import without_effect
+from overtone.cut_off import without_effect
 from overtone.huggingface.alignment import labels_are_shifted
 from overtone.huggingface.holding import is_cut_off, let_shards_go, resharding
 from overtone.huggingface.loss import (
@@ -69,14 +69,24 @@ def compute_loss_func(
         the tokens, as in `causal_lm_loss`. It raises a ValueError for outputs without logits or of unknown alignment,
         with an auxiliary loss that has no weight, for a model in a PEFT tuner that has a loss of its own, and for
         label_smoothing_factor.
+
+    Raises:
+        ValueError, TypeError: for a config with an anchor, which needs `attach`, or of another type; an unknown
+            eval_loss.
     """
+    config = checked_config(config)
+    if config.anchor:
+        raise ValueError(
+            f"anchor must be 0 in compute_loss_func, got {config.anchor}: a function of outputs and labels has no "
+            "unedited model; use overtone.huggingface.attach(model, config, reference=...) in its place"
+        )
     check_eval_loss(eval_loss)
     logger.info(
         "compute_loss_func is OverTone while gradients are enabled, and %s otherwise (eval_loss=%r)",
         "cross-entropy" if eval_loss == "cross_entropy" else "OverTone too",
         eval_loss,
     )
-    return ComputeLoss(checked_config(config), model, router_aux_loss_coef, observer, eval_loss, hold_group)
+    return ComputeLoss(config, model, router_aux_loss_coef, observer, eval_loss, hold_group)
 
 
 class ComputeLoss:

@@ -50,7 +50,7 @@ def refuse_unsupported_model(model: Any) -> None:
             f"model must be a causal language model, got {name}, whose loss is {default.__name__}; call "
             "overtone.overtone_loss(logits, labels) on its logits, with labels aligned as that loss aligns them"
         )
-    if culprit := fused_by(model):
+    if culprit := bypassing_loss(model):
         raise ValueError(f"model must compute its own loss, got {name} with {culprit}, which bypasses it; {WAY_OUT}")
 
 
@@ -92,8 +92,8 @@ def run_on_two_tokens(model: Any, loss_function: Callable[..., Tensor]) -> None:
             ) from error
 
 
-def fused_by(model: Any, kwargs: dict[str, Any] | None = None) -> str | None:
-    """The name of a fused loss in the model's forward, if there is one."""
+def bypassing_loss(model: Any, kwargs: dict[str, Any] | None = None) -> str | None:
+    """The name of a loss that a model's forward computes without its loss_function, if it is known to."""
     if kwargs and "fused_lm_head" in kwargs:
         return "TRL's fused LM head (SFTConfig loss_type 'nll', 'chunked_nll' and 'dft')"
     if can_be_asked_for_logits(model.forward):

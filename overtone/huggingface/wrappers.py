@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,3 +66,40 @@ def for_virtual_tokens(per_token: Tensor, length: int, fill: int) -> Tensor:
 
 def _type_of(config: Any) -> str:
     return str(getattr(getattr(config, "peft_type", None), "value", ""))
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether there is any layer of PEFT's in a model that can be switched off."""
+    return any(True for _ in _switchable(model))
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model below PEFT's adapters, every layer as it was afterwards.
+
+    PEFT's own ``disable_adapter`` makes every parameter of the active adapters trainable on its way out, frozen ones
+    too.
+    """
+    enabled = [module for module in _switchable(model) if not module._disable_adapters]
+    try:
+        for module in enabled:
+            module._disable_adapters = True
+        yield
+    finally:
+        for module in enabled:
+            module._disable_adapters = False
+
+
+def changes_base_weights(inside: nn.Module) -> str | None:
+    """An initialisation of LoRA that takes away from the weights what it puts into the adapter; or None."""
+    for module in inside.modules():
+        configs = getattr(module, "peft_config", None)
+        for config in configs.values() if isinstance(configs, dict) else ():
+            how = getattr(config, "init_lora_weights", None)
+            if isinstance(how, str) and how.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+                return f"init_lora_weights={how!r}"
+    return None
+
+
+def _switchable(model: nn.Module) -> Iterator[Any]:
+    return (module for module in model.modules() if is_of_peft(module) and hasattr(module, "_disable_adapters"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from overtone.hold import without_effect
+from overtone.cut_off import without_effect
 from overtone.huggingface.fused_head import refuse_unfusable_model
 from overtone.huggingface.holding import is_cut_off
 from overtone.huggingface.loss import EvalLoss, causal_lm_loss_of_hidden, check_eval_loss

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from overtone import kernels
 from overtone.checks import Reduction, working_dtype
+from overtone.kernels.eager import choose_eager
 from overtone.kernels.kernel import Clip, Fit, Target
 
 Result = TypeVar("Result")
@@ -31,7 +31,7 @@ def _fit(
     ignore_index: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return kernels.choose(logits).fit(
+    return choose_eager(logits).fit(
         logits,
         labels,
         Target(n_sigma, lam, check),
@@ -44,7 +44,7 @@ def _fit(
 
 def _gradient(grad_kl: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor) -> Tensor:
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    kernels.choose(logits).gradient(grad_kl, logits, labels, coefficients, out=out)
+    choose_eager(logits).gradient(grad_kl, logits, labels, coefficients, out=out)
     return out
 
 
@@ -99,10 +99,8 @@ class GraphKernel:
         gradient: Tensor | None = None,
     ) -> Fit:
         """As `overtone.kernels.kernel.Kernel.fit`."""
-        fit = Fit(*_fit_operator(logits, labels, *target, *clip, reduction, ignore_index, scale))
-        if gradient is not None:
-            self.gradient(fit.row_weights, logits, labels, fit.coefficients, out=gradient)
-        return fit
+        assert gradient is None, "gradient_with_fit_up_to is 0"
+        return Fit(*_fit_operator(logits, labels, *target, *clip, reduction, ignore_index, scale))
 
     def gradient(self, grad_kl: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor, *, out: Tensor) -> None:
         """As `overtone.kernels.kernel.Kernel.gradient`."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from overtone.hold import OLD_NAMES, HoldValue, replace_old_names
+from overtone.hold import HoldValue
+from overtone.old_hold_names import OLD_NAMES, replace_old_names
 
 
 def modernise(name: str, fields: dict[str, Any], hold: HoldValue) -> tuple[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from overtone.config import OverToneConfig
 from overtone.hold import read_hold
 from overtone.loss import overtone_loss
+from overtone.token_loss.anchor_fields import NO_ANCHOR, refuse_unused_anchor_epsilon
 from overtone.token_loss.edit_loss import EditLoss, TokenLoss
 from overtone.token_loss.grammar import write_value
 from overtone.token_loss.titles import hold_title
@@ -48,7 +49,7 @@ class OverTone:
     def defaults(self) -> dict[str, Any]:
         """Every field, in canonical order, with its default."""
         return {
-            **dict.fromkeys(("epsilon", "n_sigma", "lam", "check", "hold"), FROM_METHOD),
+            **dict.fromkeys(("epsilon", "n_sigma", "lam", "check", "hold", *NO_ANCHOR), FROM_METHOD),
             "dynamic": True,
             **self.own_defaults,
         }
@@ -68,6 +69,7 @@ class OverTone:
     def build(self, fields: Mapping[str, Any], method: str) -> EditLoss:
         """The loss of one edit; with ``dynamic=False`` it keeps the first logits that it sees."""
         config = self.config(fields, method)
+        refuse_unused_anchor_epsilon(fields, config.anchor)
         target: dict[str, Any] = {"n_sigma": config.n_sigma, "lam": config.lam, "check": config.check}
         unclipped: TokenLoss = partial(overtone_loss, epsilon=0, reduction="none", **target)
         dynamic = fields.get("dynamic", True)
@@ -76,8 +78,17 @@ class OverTone:
         if not dynamic:
             unclipped = _FirstLogitsAsReference(unclipped)
         settings = {**config.as_kwargs(), "dynamic": dynamic}
+        if config.anchor == 0:
+            settings = {key: value for key, value in settings.items() if key not in NO_ANCHOR}
         description = f"{self.label} ({', '.join(f'{key}={value}' for key, value in settings.items())})"
-        return EditLoss(description, unclipped, epsilon=config.epsilon, hold=read_hold(config.hold))
+        return EditLoss(
+            description,
+            unclipped,
+            epsilon=config.epsilon,
+            hold=read_hold(config.hold),
+            anchor=config.anchor,
+            anchor_epsilon=config.anchor_epsilon,
+        )
 
 
 class _FirstLogitsAsReference:

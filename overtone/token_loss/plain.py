@@ -9,8 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from overtone.checks import check_anchor
 from overtone.hold import read_hold
+from overtone.token_loss.anchor_fields import NO_ANCHOR, refuse_unused_anchor_epsilon
 from overtone.token_loss.edit_loss import EditLoss, TokenLoss
+from overtone.token_loss.grammar import write_value
 from overtone.token_loss.titles import hold_title
 
 
@@ -49,22 +52,27 @@ class PlainLoss:
         token_loss: logits (N, V), labels (N,) and the settings by name to the losses (N,).
         numbers: the settings.
         distance: as of `EditLoss`.
+        takes_anchor: whether it has the fields anchor and anchor_epsilon, as of `EditLoss`.
     """
 
     label: str
     token_loss: Callable[..., Tensor]
     numbers: Mapping[str, Number] = field(default_factory=dict)
     distance: TokenLoss | None = None
+    takes_anchor: bool = False
 
     @property
     def defaults(self) -> dict[str, Any]:
         """Every field, in canonical order, with its default."""
-        return {**{name: number.default for name, number in self.numbers.items()}, "hold": None}
+        own = {name: number.default for name, number in self.numbers.items()}
+        return {**own, "hold": None, **(NO_ANCHOR if self.takes_anchor else {})}
 
     def title(self, fields: Mapping[str, Any]) -> str:
         """For tables and figures, of the loss with these fields."""
         hold = read_hold(fields.get("hold"))
-        return self.label.format(**self._settings(fields)) + (f", {hold_title(hold)}" if hold else "")
+        parts = [self.label.format(**self._settings(fields)), *([hold_title(hold)] if hold else [])]
+        parts += [f"{key}={write_value(fields[key])}" for key in NO_ANCHOR if key in fields]
+        return ", ".join(parts)
 
     def config(self, fields: Mapping[str, Any], method: str) -> None:
         """OverTone has no part in it."""
@@ -77,8 +85,11 @@ class PlainLoss:
                 'hold must be "correct" or the mean cross-entropy in nats at which to hold, or both, got '
                 f"{fields['hold']!r}: only OverTone has an epsilon, below which a token is settled"
             )
+        anchor = {key: fields.get(key, default) for key, default in NO_ANCHOR.items()}
+        check_anchor(**anchor)
+        refuse_unused_anchor_epsilon(fields, anchor["anchor"])
         loss = partial(self.token_loss, **self._settings(fields))
-        return EditLoss(self.title(fields), loss, hold=hold, distance=self.distance)
+        return EditLoss(self.title(fields), loss, hold=hold, distance=self.distance, **anchor)
 
     def _settings(self, fields: Mapping[str, Any]) -> dict[str, float]:
         return {name: number.check(name, fields.get(name, number.default)) for name, number in self.numbers.items()}

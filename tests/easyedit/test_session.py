@@ -21,9 +21,9 @@ from overtone.lab.edit.easyedit import process
 from overtone.lab.edit.easyedit import session as session_module
 from overtone.lab.edit.easyedit.algorithms import ALGORITHMS
 from overtone.lab.edit.easyedit.session import open_easyedit_session
+from overtone.lab.model.completion import complete
 from overtone.lab.model.targets import encode_targets, target_logits
 from overtone.lab.model.workplace import Workplace
-from overtone.lab.score.completion import complete
 from overtone.lab.score.scores import examine, score
 from overtone.token_loss import parse
 

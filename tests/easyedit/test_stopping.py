@@ -83,7 +83,7 @@ class TestLoraAndMelo:
         moved = [name for name, value in runs[0].weights().items() if not torch.equal(value, runs[1].weights()[name])]
         assert not moved
 
-    def test_held_steps_leave_every_weight_of_a_mixture_of_experts(self, framework, tmp_path):
+    def test_held_steps_leave_every_weight_of_a_mixture_of_experts(self, framework, models, tmp_path):
         """Its router loss is added inside of the model."""
         import transformers
 
@@ -105,7 +105,7 @@ class TestLoraAndMelo:
         overtone.easyedit.install(["LoRA"])
         runs = []
         for steps in (1, 6):
-            hparams = build(framework, "LoRA", folder, num_steps=steps)
+            hparams = build(framework, "LoRA", models["mistral"], num_steps=steps, model_name=str(folder))
             hparams.token_loss = {"name": "overtone", "epsilon": 100.0}
             torch.manual_seed(0)
             runs.append(conftest.edit_with(framework, hparams))

@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 
 from overtone.easyedit.hparams import KEY
 from overtone.easyedit.methods import BY_NAME
-from overtone.easyedit.traps import any_method, ft, lora, melo, wise
+from overtone.easyedit.traps import any_method, ft, lora, melo, vstar, wise
 from overtone.easyedit.traps.loss import token_loss
 from overtone.easyedit.traps.trap import Config, Trap
+from overtone.easyedit.vstar import VSTAR
 
 __all__ = ["Trap", "traps"]
 
 _CHECKS: Mapping[str, tuple[Callable[[Config], Iterator[Trap]], ...]] = {
+    **{trainer.name: vstar.CHECKS for trainer in VSTAR},
+    "AlphaEdit": vstar.ALPHAEDIT_CHECKS,
     "FT": ft.CHECKS,
     "LoRA": lora.CHECKS,
     "QLoRA": lora.QLORA_CHECKS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from overtone.easyedit.hparams import KEY, choose
+from overtone.easyedit.hparams import KEY
 from overtone.easyedit.methods import BY_NAME
 from overtone.easyedit.traps.trap import Config, Trap
 from overtone.easyedit.vstar import VSTAR
@@ -17,7 +17,7 @@ def token_loss(config: Config) -> Iterator[Trap]:
         return
     method = config["alg_name"]
     try:
-        loss = choose(config[KEY], BY_NAME[method].preset).loss
+        loss = BY_NAME[method].choose(config[KEY]).loss
     except (TypeError, ValueError) as error:
         yield Trap(str(error), f"mend {KEY}", fatal=True)
         return
@@ -30,23 +30,25 @@ def token_loss(config: Config) -> Iterator[Trap]:
         )
     if loss.hold:
         return
+    floor = loss.epsilon + loss.anchor * loss.anchor_epsilon
+    end = "leave hold out" if loss.epsilon > 0 else "give a mean loss at which to hold, hold: 0.01 say"
     if method != "WISE" and loss.epsilon > 0:
         yield Trap(
             "hold is false: Adam goes on moving every weight on the zero gradients of settled tokens",
             "leave hold out, or give a mean loss at which to hold",
         )
-    if method == "FT" and loss.epsilon >= 1e-2:
+    if method == "FT" and floor >= 1e-2:
         yield Trap(
-            f"FT-M stops below a mean loss of 1e-2, at or below the floor epsilon={loss.epsilon:g}, so all steps run",
-            "leave hold out: a held step reports 0, which ends the edit",
+            f"FT-M stops below a mean loss of 1e-2, at or below the loss's floor of {floor:g}, so all steps run",
+            f"{end}: a held step reports 0, which ends the edit",
         )
-    if BY_NAME[method] in VSTAR and loss.epsilon >= 0.05:
+    if BY_NAME[method] in VSTAR and floor >= 0.05:
         yield Trap(
-            f"{method} stops below a total of 0.05, at or below the floor epsilon={loss.epsilon:g}, so all steps run",
+            f"{method} stops below a total of 0.05, at or below the loss's floor of {floor:g}, so all steps run",
             "leave hold out: a held step ends the edit",
         )
-    if method == "WISE" and loss.epsilon > 0.02:
+    if method == "WISE" and floor > 0.02:
         yield Trap(
-            f"WISE stops at a total loss of 0.02, below the floor epsilon={loss.epsilon:g}, so all n_iter run",
-            "leave hold out: a held step reports 0, which lets the stop fire",
+            f"WISE stops at a total loss of 0.02, below the loss's floor of {floor:g}, so all n_iter run",
+            f"{end}: a held step reports 0, which lets the stop fire",
         )

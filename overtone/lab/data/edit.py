@@ -18,6 +18,11 @@ class Probe:
     """Other names of the answer, which generation may give instead."""
 
     @property
+    def answers(self) -> tuple[str, ...]:
+        """What a generation may begin with: the target, the answer, and its aliases."""
+        return tuple(dict.fromkeys((self.target.strip(), self.answer, *self.aliases)))
+
+    @property
     def text(self) -> str:
         """Both together as a sentence, with one full stop, as a model is told it."""
         return f"{self.prompt}{self.target.rstrip('.')}."

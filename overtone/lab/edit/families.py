@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from overtone.functional import ground_truth_check
+from overtone.lab.edit.anchored import AnchoredTexts
 from overtone.lab.edit.many import FittedEdit, Job, Snapshot, target_job
 from overtone.lab.model.targets import IGNORE_INDEX, TargetBatch
 from overtone.token_loss import LossSpec
@@ -38,24 +39,49 @@ class Family:
         """Take the losses of one of `families`, and the method whose settings they have."""
         self._losses = {loss.name: loss.build(method) for loss in losses}
 
-    def job(self, batch: TargetBatch, start: Tensor) -> Job:
+    def job(self, batch: TargetBatch, start: Tensor, bos_token_id: int | None) -> Job:
         """The run, from the weights before the edit."""
         first, *others = self._losses.values()
+        if first.anchor > 0:
+            return self._anchored_job(AnchoredTexts(batch, bos_token_id), start)
         if not others:
             return target_job(batch, first.mean, start)
         labels = batch.labels[batch.labels != IGNORE_INDEX]
-        distance_of = first.distance or first.token_loss
-
-        @torch.no_grad()
-        def held(_: float, logits: Tensor) -> list[str]:
-            distance, correct = distance_of(logits, labels), ground_truth_check(logits, labels)
-            return [n for n, loss in self._losses.items() if loss.hold.is_met_here(distance, loss.epsilon, correct)]
 
         def mean_unheld(logits: Tensor, labels: Tensor) -> Tensor:
             return first(logits, labels, may_hold=False)[0].mean()
 
         # A loss without a hold never is, and so takes all steps.
-        return target_job(batch, mean_unheld, start, watch=held, until=self._losses)
+        return target_job(
+            batch,
+            mean_unheld,
+            start,
+            watch=lambda _, logits, rows: self._held(logits, labels, None),
+            until=self._losses,
+        )
+
+    def _anchored_job(self, texts: AnchoredTexts, start: Tensor) -> Job:
+        first, *others = self._losses.values()
+        if not others:
+            return Job(tuple(texts.texts), lambda logits, _: texts.mean(first, logits), start)
+
+        def mean_unheld(logits: Tensor, _: Sequence[int]) -> Tensor:
+            target_logits, labels, anchored = texts.read(first, logits)
+            return first(target_logits, labels, may_hold=False, anchored=anchored)[0].mean()
+
+        def held(_: float, logits: Tensor, rows: Sequence[int]) -> list[str]:
+            target_logits, labels, anchored = texts.read(first, logits)
+            return self._held(target_logits, labels, anchored.moved)
+
+        return Job(tuple(texts.texts), mean_unheld, start, held, frozenset(self._losses))
+
+    @torch.no_grad()
+    def _held(self, logits: Tensor, labels: Tensor, moved: Tensor | None) -> list[str]:
+        """The losses that would hold a step with these logits (N, V) of the target tokens."""
+        first = next(iter(self._losses.values()))
+        distance = (first.distance or first.token_loss)(logits, labels)
+        correct = ground_truth_check(logits, labels)
+        return [n for n, loss in self._losses.items() if loss.hold.is_met_here(distance, loss.epsilon, correct, moved)]
 
     def results(self, fitted: FittedEdit) -> dict[str, tuple[Snapshot, str]]:
         """For each loss, the weights with which its edit ends, and how it ends."""

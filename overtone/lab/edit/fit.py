@@ -32,23 +32,18 @@ class FitTrace:
 
 
 def fit(
-    model: Any,
     parameters: list[nn.Parameter],
-    batch: TargetBatch,
-    loss_of: Callable[[Tensor, Tensor], Tensor],
+    loss_of: Callable[[], Tensor],
     *,
     steps: int,
     lr: float,
     observe: Callable[[int], None] | None = None,
 ) -> FitTrace:
-    """Fit the batch's target tokens with Adam, all of them in every step.
+    """Minimise a loss with Adam.
 
     Args:
-        model: a Hugging Face causal language model.
         parameters: the weights to move, as an editing method opens them.
-        batch: the edit's prompts and targets.
-        loss_of: from the logits (N, V) of the target tokens and their labels (N,) to a scalar; a held one leaves every
-            gradient None.
+        loss_of: the loss with the weights as they are, a scalar; a held one leaves every gradient None.
         steps: optimiser steps at most.
         lr: Adam's learning rate.
         observe: called with the number of steps taken so far, before every step.
@@ -64,7 +59,7 @@ def fit(
         if observe is not None:
             observe(step)
         optimizer.zero_grad()
-        loss = loss_of(*target_logits(model, batch))
+        loss = loss_of()
         losses.append(loss.item())
         if not torch.isfinite(loss):
             raise RuntimeError(f"the loss is {losses[-1]} after {step} steps with lr={lr}: lower lr")
@@ -78,3 +73,14 @@ def fit(
     optimizer.zero_grad()
     taken = len(losses) if ended == "steps" else len(losses) - 1
     return FitTrace(tuple(losses), taken, ended, time.perf_counter() - start)
+
+
+def target_loss(model: Any, batch: TargetBatch, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
+    """The loss of all of a batch's target tokens, as `fit` takes it.
+
+    Args:
+        model: a Hugging Face causal language model.
+        batch: the edit's prompts and targets.
+        loss_of: from the logits (N, V) of the target tokens and their labels (N,) to a scalar.
+    """
+    return lambda: loss_of(*target_logits(model, batch))

@@ -20,11 +20,13 @@ from overtone.lab.edit.weights import frozen
 from overtone.lab.model.positions import Text, logits_at
 from overtone.lab.model.targets import IGNORE_INDEX, TargetBatch
 
-Objective = Callable[[Tensor], Tensor]
-"""From the logits (P, V) at the positions of an edit's texts, text after text, to a scalar; at least float32."""
+Objective = Callable[[Tensor, Sequence[int]], Tensor]
+"""From the logits (P, V) at the positions of the texts in a step, text after text, and the places of these texts in the
+job's list, to a scalar. The logits are at least float32."""
 
-Watch = Callable[[float, Tensor], Iterable[str]]
-"""From the loss and the logits (P, V) before an update to the names of what has come about: the weights are kept."""
+Watch = Callable[[float, Tensor, Sequence[int]], Iterable[str]]
+"""From the loss, and what the objective got, before an update to the names of what has come about: the weights are
+kept."""
 
 
 class OpenedWeights(Protocol):
@@ -58,6 +60,8 @@ class Job:
         start: the weights (W,) before it.
         watch: says before each update under which names to keep the weights; the first time counts.
         until: end once the weights are kept under all of these names; none: run all steps.
+        rows: from the number of steps taken to the places in `texts` of those that take part in the next one; None: all
+            of them in every step.
     """
 
     texts: tuple[Text, ...]
@@ -65,6 +69,7 @@ class Job:
     start: Tensor
     watch: Watch | None = None
     until: frozenset[str] = frozenset()
+    rows: Callable[[int], Sequence[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def target_job(
     """
     texts = tuple(target_texts(batch))
     labels = batch.labels[batch.labels != IGNORE_INDEX]
-    return Job(texts, lambda logits: loss_of(logits, labels), start, watch, frozenset(until))
+    return Job(texts, lambda logits, _: loss_of(logits, labels), start, watch, frozenset(until))
 
 
 def target_texts(batch: TargetBatch) -> list[Text]:
@@ -141,7 +146,7 @@ def fit_many(
 
     Raises:
         RuntimeError: a loss is NaN or infinite.
-        ValueError: steps or at_once is less than 1.
+        ValueError: steps or at_once is less than 1, or a job's rows name none of its texts for a step.
     """
     for name, value in (("steps", steps), ("at_once", at_once)):
         if value < 1:
@@ -177,7 +182,8 @@ class _Running:
     def __init__(self, index: int, job: Job, prepared: list[Any], steps: int, lr: float) -> None:
         self.index = index
         self.job = job
-        self.prepared = prepared
+        self.rows: Sequence[int] = range(len(job.texts))
+        self._prepared = prepared
         self.seconds = 0.0
         self.ended: str | None = None
         self.weights = job.start.detach().clone().requires_grad_()
@@ -188,16 +194,36 @@ class _Running:
         self._snapshots: dict[str, Snapshot] = {}
         self._optimizer = torch.optim.Adam([self.weights], lr=lr)
 
+    @property
+    def texts(self) -> list[Text]:
+        """Those that take part in the step."""
+        return [self.job.texts[row] for row in self.rows]
+
+    @property
+    def prepared(self) -> list[Any]:
+        """Of `texts`."""
+        return [self._prepared[row] for row in self.rows]
+
+    def choose_rows(self) -> None:
+        """Settle which texts take part in the step."""
+        if self.job.rows is not None:
+            self.rows = self.job.rows(self._taken)
+            if not self.rows or not all(0 <= row < len(self.job.texts) for row in self.rows):
+                raise ValueError(
+                    f"rows must name some of the job's {len(self.job.texts)} texts, counted from 0, got "
+                    f"{list(self.rows)} after {self._taken} steps"
+                )
+
     def logits_gradient(self, logits: Tensor) -> Tensor | None:
         """Look at the logits before an update; their gradient, or None where the edit ends here."""
         leaf = (logits.float() if logits.dtype.itemsize < 4 else logits).detach().requires_grad_()
-        loss = self.job.objective(leaf)
+        loss = self.job.objective(leaf, self.rows)
         value = loss.item()
         self._losses.append(value)
         if not torch.isfinite(loss):
             raise RuntimeError(f"the loss is {value} after {self._taken} steps with lr={self._lr}: lower lr")
         if self.job.watch is not None:
-            for name in self.job.watch(value, leaf.detach()):
+            for name in self.job.watch(value, leaf.detach(), self.rows):
                 self._snapshots.setdefault(name, Snapshot(self.weights.detach().clone(), self._taken))
         if self.job.until and self.job.until <= self._snapshots.keys():
             self.ended = "held"
@@ -224,12 +250,14 @@ class _Running:
 
 
 def _step(model: Any, opened: OpenedWeights, running: Sequence[_Running]) -> None:
-    texts = [text for edit in running for text in edit.job.texts]
+    for edit in running:
+        edit.choose_rows()
+    texts = [text for edit in running for text in edit.texts]
     prepared = [part for edit in running for part in edit.prepared]
-    rows = [len(edit.job.texts) for edit in running]
+    rows = [len(edit.rows) for edit in running]
     with opened.applied([edit.weights for edit in running], rows, prepared):
         logits = logits_at(model, texts)
-    counts = [sum(len(text.positions) for text in edit.job.texts) for edit in running]
+    counts = [sum(len(text.positions) for text in edit.texts) for edit in running]
     # Each edit's loss sees its own logits alone, so one that ends takes nothing from the others.
     gradients = [edit.logits_gradient(own) for edit, own in zip(running, logits.detach().split(counts), strict=True)]
     moving = [edit for edit, gradient in zip(running, gradients, strict=True) if gradient is not None]

@@ -6,17 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from overtone.lab.data.edit import Edit
+from overtone.lab.edit.anchored import AnchoredTexts
 from overtone.lab.edit.easyedit import process
 from overtone.lab.edit.easyedit.algorithms import ALGORITHMS, easyedit_cannot_minimise, require_easyedit
 from overtone.lab.edit.easyedit.session import open_easyedit_session
-from overtone.lab.edit.fit import FitTrace, fit
+from overtone.lab.edit.fit import FitTrace, fit, target_loss
 from overtone.lab.edit.methods import METHODS, EditingMethod, MethodSettings
+from overtone.lab.model.positions import logits_at
 from overtone.lab.model.targets import encode_targets
 from overtone.lab.model.workplace import Workplace
-from overtone.token_loss import LossSpec
+from overtone.token_loss import EditLoss, LossSpec
 
 
 class Session(Protocol):
@@ -55,14 +57,19 @@ class WeightSession:
     def apply(self, edit: Edit, loss: LossSpec, observe: Callable[[int], None] | None = None) -> FitTrace:
         """Fit the edit; see `Session`."""
         return fit(
-            self.model,
             self._parameters,
-            encode_targets(self._tokenizer, edit.pairs, self.model.device),
-            loss.build(self._method.name).mean,
+            self._loss_of(edit, loss.build(self._method.name)),
             steps=self._settings.steps,
             lr=self._settings.lr,
             observe=observe,
         )
+
+    def _loss_of(self, edit: Edit, loss: EditLoss) -> Callable[[], Tensor]:
+        batch = encode_targets(self._tokenizer, edit.pairs, self.model.device)
+        if loss.anchor == 0:
+            return target_loss(self.model, batch, loss.mean)
+        texts = AnchoredTexts(batch, self._tokenizer.bos_token_id)
+        return lambda: texts.mean(loss, logits_at(self.model, texts.texts))
 
 
 def require_method(name: str) -> None:

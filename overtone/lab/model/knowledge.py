@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from overtone.lab.data.corpus import Corpus
 from overtone.lab.data.edit import Probe
+from overtone.lab.model.answers import begins_with
+from overtone.lab.model.completion import complete_for
 from overtone.lab.model.positions import Text, logits_at
 
 
@@ -42,59 +47,65 @@ class Knowledge:
             )
 
 
-def measure_knowledge(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, *, ends_with_answer: bool = True
-) -> Knowledge:
-    """How much of its corpus a model tells word for word under greedy generation.
+def measure_knowledge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> Knowledge:
+    """How much of its corpus a model that was trained on it tells word for word under greedy generation.
 
     Args:
         model: what is asked.
         tokenizer: its tokenizer.
         corpus: what it is asked.
-        ends_with_answer: the full stop after the answer counts. A model that was not trained on the corpus may go on.
     """
-    shares = {
-        group: share_recalled(model, tokenizer, probes, ends_with_answer=ends_with_answer)
-        for group, probes in corpus.knowledge_probes().items()
-    }
+    shares = {group: fmean(recalled(model, tokenizer, probes)) for group, probes in corpus.knowledge_probes().items()}
     return Knowledge(shares, dict(corpus.knowledge_needed))
-
-
-def share_recalled(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    probes: Sequence[Probe],
-    *,
-    ends_with_answer: bool = True,
-) -> float:
-    """The share of probes that are `recalled`."""
-    return fmean(recalled(model, tokenizer, probes, ends_with_answer=ends_with_answer))
 
 
 @torch.no_grad()
 def recalled(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    probes: Sequence[Probe],
-    *,
-    ends_with_answer: bool = True,
-    batch: int = 32,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, probes: Sequence[Probe], *, batch: int = 32
 ) -> list[bool]:
-    """Whether greedy generation tells each probe's whole target, and a full stop after it if that is asked for.
+    """Whether greedy generation tells each probe's whole target and a full stop after it.
 
     It does if and only if each of their tokens is the most likely one after those before. So one forward pass over
     prompt and target decides, and nothing has to be generated.
     """
     texts = []
     for probe in probes:
-        end = probe.target.rstrip(".") + "." if ends_with_answer else probe.target
-        ids = torch.tensor(tokenizer(probe.prompt + end).input_ids)
+        ids = torch.tensor(tokenizer(probe.text).input_ids)
         texts.append(Text(ids, torch.arange(len(tokenizer(probe.prompt).input_ids) - 1, len(ids) - 1)))
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index].ids))
     tells = [False] * len(texts)
-    for start in range(0, len(texts), batch):
-        rows = order[start : start + batch]
+    for rows in _batches([len(text.ids) for text in texts], batch):
         said = logits_at(model, [texts[row] for row in rows]).argmax(-1).cpu()
         for row, tokens in zip(rows, said.split([len(texts[row].positions) for row in rows]), strict=True):
             tells[row] = bool((tokens == texts[row].ids[texts[row].positions + 1]).all())
     return tells
+
+
+def answered(
+    model: Any, tokenizer: Any, probes: Sequence[Probe], *, batch: int = 32, show_progress: bool = False
+) -> list[bool]:
+    """Whether greedy generation after each probe's prompt begins with one of its answers, as normalised text.
+
+    So a model is asked that was not trained on the corpus: it may spell an answer in its own way, and go on after it.
+
+    Args:
+        model: what is asked, in evaluation mode.
+        tokenizer: its tokenizer.
+        probes: what it is asked.
+        batch: how many at a time.
+        show_progress: whether to draw a progress bar.
+    """
+    tells = [False] * len(probes)
+    batches = _batches([max(map(len, probe.answers)) for probe in probes], batch)
+    console = Console(stderr=True)
+    asking = "asking what the model knows"
+    for rows in track(batches, asking, console=console, transient=True, disable=not show_progress):
+        completions = complete_for(model, tokenizer, [probes[row] for row in rows])
+        for row, said in zip(rows, completions, strict=True):
+            tells[row] = begins_with(said, probes[row].answers)
+    return tells
+
+
+def _batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """The places of the lengths in batches, the short ones together."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    return [order[start : start + size] for start in range(0, len(order), size)]

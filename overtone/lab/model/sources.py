@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Protocol
 
 import torch
 
 from overtone.lab.data.corpus import Corpus
 from overtone.lab.data.edit import Edit, Probe
-from overtone.lab.model.knowledge import measure_knowledge, recalled
+from overtone.lab.model.knowledge import answered
 from overtone.lab.model.pretrain import LabModel, load_or_train
 from overtone.lab.model.training import ARCHITECTURES
 from overtone.lab.model.workplace import Workplace
@@ -87,15 +88,19 @@ class LabModels:
 class NamedModel:
     """One causal language model of the Hugging Face hub, of a folder or of a GGUF file, for every corpus and seed."""
 
-    def __init__(self, name: str, device: str | None = None, *, dtype: str | None = None) -> None:
+    def __init__(
+        self, name: str, device: str | None = None, *, dtype: str | None = None, show_progress: bool = True
+    ) -> None:
         """Name the model.
 
         Args:
             name: on the hub, of a folder, or of a .gguf file.
             device: where to edit; None: on the GPU of this process where there is one.
             dtype: of its weights, such as "bfloat16"; None: see `Workplace.load`.
+            show_progress: of asking what it knows.
         """
         self.name = name
+        self.show_progress = show_progress
         self.dtype = dtype
         self.device = device or default_device()
 
@@ -107,16 +112,20 @@ class NamedModel:
         return EditedModel(self._workplace, self.name, title, self.dtype)
 
     def knowledge(self, corpus: Corpus, seed: int) -> dict[str, float]:
-        """See `ModelSource`; measured now."""
-        known = measure_knowledge(self._workplace.model, self._workplace.tokenizer, corpus, ends_with_answer=False)
-        return dict(known.shares)
+        """See `ModelSource`; asked now."""
+        groups = corpus.knowledge_probes()
+        told = iter(self._answered([probe for probes in groups.values() for probe in probes]))
+        return {group: fmean(next(told) for _ in probes) for group, probes in groups.items()}
 
     def knows(self, edits: Sequence[Edit]) -> list[bool]:
         """Whether greedy generation after each edit's prompt begins with its old target; no, where it names none."""
         probes = [Probe(edit.prompt, edit.target_old, "fact", edit.target_old.strip()) for edit in edits]
-        asked = [probe for probe in probes if probe.target]
-        known = iter(recalled(self._workplace.model, self._workplace.tokenizer, asked, ends_with_answer=False))
-        return [bool(probe.target) and next(known) for probe in probes]
+        told = iter(self._answered([probe for probe in probes if probe.target]))
+        return [bool(probe.target) and next(told) for probe in probes]
+
+    def _answered(self, probes: Sequence[Probe]) -> list[bool]:
+        model, tokenizer = self._workplace.model, self._workplace.tokenizer
+        return answered(model, tokenizer, probes, show_progress=self.show_progress)
 
     @cached_property
     def _workplace(self) -> Workplace:

@@ -24,7 +24,10 @@ from overtone.lab.report.tables import (
 )
 from overtone.lab.report.titles import data_title, length_title, loss_title, method_title
 
-EDITING = ("rel", "gen", "por", "loc", AVERAGE, "por of others", "gen begins", "kl", "perplexity", "steps")
+EDITING = (
+    *("rel", "gen", "por", "loc", AVERAGE, "por of others", "gen begins", "gen said"),
+    *("kl", "perplexity", "steps", "seconds"),
+)
 """The measures that Tables 1 and 3 show, where there are any."""
 
 

@@ -49,10 +49,14 @@ COLUMNS: Mapping[str, Column] = {
     "rel begins": Column("Rel begins", interval_decimals=None),
     "gen begins": Column("Gen begins", interval_decimals=None),
     "por begins": Column("Por begins", interval_decimals=None),
+    "rel said": Column("Rel said", interval_decimals=None),
+    "gen said": Column("Gen said", interval_decimals=None),
+    "por said": Column("Por said", interval_decimals=None),
     "exact match": Column("Exact match"),
     "kl": Column("KL", factor=1.0, decimals=3, interval_decimals=2),
     "perplexity": Column("Perplexity", factor=1.0, decimals=2, interval_decimals=None),
     "steps": Column("Steps", factor=1.0, interval_decimals=None),
+    "seconds": Column("Seconds", factor=1.0, decimals=2, interval_decimals=None),
 }
 
 

@@ -30,7 +30,8 @@ class Results:
         header: of the results folder.
         edits: a row an edit: the fields of `EditRecord` that are texts or numbers, the accuracies of `ACCURACIES` and
             their mean ``average``, ``por of others`` (without the edit's own target), ``exact match``, the shares of
-            answers that generation begins with (such as ``gen begins``), ``kl``, and ``trace``. NaN where an edit
+            answers that generation begins with token for token (such as ``gen begins``) and as normalised text (``gen
+            said``), ``kl``, and ``trace``. NaN where an edit
             failed, or nothing was measured.
         questions: the columns of ``edits`` with shares of questions answered.
         left_out: losses and seeds of the folder that were not asked for.
@@ -85,5 +86,6 @@ def _row(record: EditRecord) -> dict[str, Any]:
         row["exact match"] = fmean(exact.values()) if exact else None
         row |= {name: accuracy.get(name) for name in ACCURACIES}
         row |= {f"{name} begins": record.scores.begins.get(name) for name in ("rel", "gen", "por")}
+        row |= {f"{name} said": record.scores.said.get(name) for name in ("rel", "gen", "por")}
         row["por of others"] = record.scores.por_of_others
     return row

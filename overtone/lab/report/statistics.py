@@ -94,6 +94,10 @@ def _stretch(units: int) -> float:
 
 @lru_cache(maxsize=4)
 def _draws(units: int) -> NDArray[np.float64]:
-    """How often each resample (rows) holds each unit (columns): a report has thousands of means over as many units."""
+    """How often each resample (rows) holds each unit (columns).
+
+    Drawn once for all of a report's thousands of means over as many units, which is why this is not SciPy's bootstrap:
+    that one draws anew for each mean, and then takes 30 times as long over 300 units, 250 times over 20.
+    """
     drawn = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=RESAMPLES)
     return drawn.astype(np.float64)

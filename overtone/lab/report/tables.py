@@ -30,9 +30,23 @@ ENOUGH_UNITS = 6
 """Fewer units all agree in sign by chance in more than 5% of cases, whatever an interval over them says."""
 
 BEGINS = ["rel begins", "gen begins", "por begins"]
-"""Shares of answers that greedy generation begins with, where nothing is generated."""
+"""Shares of answers that greedy generation begins with token for token, which needs no generation."""
 
-MEASURES = [*ACCURACIES, AVERAGE, "por of others", *BEGINS, "exact match", "kl", "perplexity", "steps"]
+SAID = ["rel said", "gen said", "por said"]
+"""Shares of answers that a greedy generation begins with as normalised text, where edited models were let speak."""
+
+MEASURES = [
+    *ACCURACIES,
+    AVERAGE,
+    "por of others",
+    *BEGINS,
+    *SAID,
+    "exact match",
+    "kl",
+    "perplexity",
+    "steps",
+    "seconds",
+]
 """Those of Tables 1 and 3; perplexities are averaged geometrically, as they are exponentials of a mean."""
 
 Rivals = Mapping[str, Callable[[str], bool]]

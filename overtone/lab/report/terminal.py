@@ -19,9 +19,17 @@ _MEASURES: Mapping[str, Column] = {
     AVERAGE: replace(COLUMNS[AVERAGE], heading="Avg", interval_decimals=0),
     "exact match": replace(COLUMNS["exact match"], heading="Exact\nmatch"),
     "gen begins": replace(COLUMNS["gen begins"], heading="Gen\nbegins"),
+    "gen said": replace(COLUMNS["gen said"], heading="Gen\nsaid"),
     "kl": COLUMNS["kl"],
     "steps": COLUMNS["steps"],
 }
+_EXPLAINED = {
+    "exact match": "Exact match: greedy generation, mean of the same four.",
+    "gen begins": "Gen begins: greedy generation after the rephrased prompt begins with the answer.",
+    "gen said": "Gen said: it does so as text without case, accents, punctuation and article, or with an alias.",
+    "kl": "KL: from the unedited model on locality probes, in nats.",
+}
+"""What the caption says of the columns that not every run has."""
 
 
 def measures_of_single_edits(editing: pd.DataFrame) -> Table:
@@ -31,15 +39,14 @@ def measures_of_single_edits(editing: pd.DataFrame) -> Table:
         editing: Table 1, from `overtone.lab.report.tables.editing_table`.
     """
     own = editing[(editing["source"] == "this run") & (editing["length"] == 1)]
+    shown = {name: column for name, column in _MEASURES.items() if name in own and own[name].notna().any()}
+    explained = "".join(f"{text} " for name, text in _EXPLAINED.items() if name in shown)
     table = _table(
         "Single edits",
         "Mean over single edits and its 95% bootstrap interval. Rel, Gen, Por, Loc: teacher-forced token accuracy in "
-        "%, Avg: their mean; Exact match: greedy generation, mean of the same four; Gen begins: greedy generation "
-        "after the rephrased prompt begins with the answer; KL: from the unedited model on locality probes, in nats. "
-        "The optimiser is the same for every loss.",
+        f"%, Avg: their mean. {explained}The optimiser is the same for every loss.",
         padding=0,
     )
-    shown = {name: column for name, column in _MEASURES.items() if name in own and own[name].notna().any()}
     for column in shown.values():
         table.add_column(column.heading, justify="right", no_wrap=True)
     for (data, method, settings), rows in own.groupby(["data", "method", "settings"], sort=False, observed=True):

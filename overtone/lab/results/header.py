@@ -52,6 +52,7 @@ def _dependencies(header: dict[str, Any]) -> dict[str, Any]:
     """What records depend on, by a name that a message can use."""
     return {
         "number of held-out texts": header["held_out_texts"],
+        "choice of --generate": header.get("generate", False),
         **{f"version of {name}": number for name, number in header["versions"].items()},
         **{f"recommended setting of {name}": text for name, text in header["recommended"].items()},
         **{

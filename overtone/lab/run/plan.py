@@ -98,6 +98,11 @@ def _check(settings: RunSettings) -> None:
     for lr in settings.lrs:
         if not 0 < lr < float("inf"):
             raise ValueError(f"lr must be a number above 0, got {lr}")
+    if settings.generate and settings.sharing == 1:
+        raise ValueError(
+            "generate is for edits that share a pass, but at_once is 1: completions are generated and exact matches "
+            "counted there anyway; leave generate out"
+        )
     if settings.model is None and settings.only_known:
         raise ValueError("only_known is for a named model: the lab's small models were trained on the facts")
     if settings.model is None and settings.dtype is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from overtone import __version__
 from overtone.config import RECOMMENDED, OverToneConfig
 from overtone.lab.edit.methods import METHODS
 from overtone.lab.edit.sessions import easyedit_version, open_session
@@ -51,10 +52,11 @@ class Run:
         self.shard = shard or Rank.from_environment()
         self.results = ResultsFolder(out)
         self._workers = workers
+        is_first = self.shard.rank == 0
         self._source: ModelSource = (
-            LabModels(settings.arch, show_progress=self.shard.rank == 0)
+            LabModels(settings.arch, show_progress=is_first)
             if settings.model is None
-            else NamedModel(settings.model, dtype=settings.dtype)
+            else NamedModel(settings.model, dtype=settings.dtype, show_progress=is_first)
         )
         self._check_workers()
         knows = self._source.knows if isinstance(self._source, NamedModel) else None
@@ -93,6 +95,7 @@ class Run:
             "losses": list(dict.fromkeys(task.loss for task in self.plan.tasks)),
             "recommended": {name: repr(OverToneConfig.recommended(name)) for name in RECOMMENDED},
             "held_out_texts": HELD_OUT_TEXTS,
+            "generate": self.settings.generate,
             "models": models,
         }
         self.results.begin(header, is_writer=self.shard.rank == 0)
@@ -106,7 +109,7 @@ class Run:
             mine = self.shard.share(self.plan.tasks, cost=lambda task: task.length)
         else:
             # What shares a pass stays together.
-            groups = together(self.plan.tasks, self.settings.sharing)
+            groups = self._together(self.plan.tasks)
             shares = self.shard.share(groups, cost=lambda group: sum(task.length for task in group.tasks))
             mine = [task for group in shares for task in group.tasks]
         return [task for task in mine if not self.results.has(task.key)]
@@ -127,7 +130,10 @@ class Run:
         if self.settings.sharing == 1:
             return [*tasks]
         own = [task for task in tasks if task.method in METHODS]
-        return [*together(own, self.settings.sharing), *(task for task in tasks if task.method not in METHODS)]
+        return [*self._together(own), *(task for task in tasks if task.method not in METHODS)]
+
+    def _together(self, tasks: list[SequenceTask]) -> list[TogetherTask]:
+        return together(tasks, self.settings.sharing, generates=self.settings.generate)
 
     def finished(self) -> int:
         """How many edits of the grid are on disk, of whichever process."""
@@ -194,7 +200,8 @@ class Run:
                 pass
 
     def _versions(self) -> dict[str, str]:
-        libraries = {name: version(name) for name in ("overtone", "torch", "transformers", "peft")}
+        # Its own version is not asked of the installation: it also runs from a checkout that nobody installed.
+        libraries = {"overtone": __version__} | {name: version(name) for name in ("torch", "transformers", "peft")}
         easyedit = {} if set(self.settings.methods) <= METHODS.keys() else {"easyedit": easyedit_version()}
         return {"python": platform.python_version(), **libraries, **easyedit}
 

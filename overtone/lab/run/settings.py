@@ -35,6 +35,8 @@ class RunSettings:
             takes those that it has.
         at_once: how many edits of the lab's own methods share a pass. From 2 on only what needs no generation is
             measured, which is much less for a large model. None: 8 for a named model, else 1.
+        generate: let edited models whose edits share a pass say what they answer, which takes longer than the rest of
+            scoring (`overtone.lab.score.scores.Scores.said`).
         only_known: edit only facts whose old answer the model begins with, after the edit's own prompt.
         dtype: of the weights of a named model, such as "bfloat16"; None: float32 on the CPU, elsewhere as stored.
     """
@@ -53,6 +55,7 @@ class RunSettings:
     lrs: tuple[float, ...] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
     at_once: int | None = None
+    generate: bool = False
     only_known: bool = False
     dtype: str | None = None
 

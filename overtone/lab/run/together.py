@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -20,6 +20,8 @@ from overtone.lab.model.workplace import Workplace
 from overtone.lab.results.record import EditRecord, SequenceKey
 from overtone.lab.run.task import SequenceTask, with_finite_kl
 from overtone.lab.score.batched import Exam, examine_many, score_many
+from overtone.lab.score.completions import say_many
+from overtone.lab.score.scores import Scores
 from overtone.token_loss import parse
 
 logger = logging.getLogger(__name__)
@@ -30,18 +32,26 @@ _Made = tuple[int, str, float]
 
 @dataclass(frozen=True)
 class TogetherTask:
-    """Tasks of one method and length, whose edits share passes.
+    """Runs of one method and length, whose edits share passes.
 
     Beside the time that it takes, this differs from performing the tasks one by one in what is measured: the scores
-    that need a generation or a held-out text are left out.
+    that need a generation or a held-out text are left out, but for `Scores.said`, which can be asked for.
 
     Attributes:
-        tasks: of the lab's own methods, untraced, alike in all but their edits and losses.
+        runs: tasks of the lab's own methods, untraced, alike in all but their edits and losses. Those of a run differ
+            in nothing but the moment at which their loss holds.
         at_once: how many edits share a pass.
+        generates: let the edited models say what they answer.
     """
 
-    tasks: tuple[SequenceTask, ...] = field(repr=False)
+    runs: tuple[tuple[SequenceTask, ...], ...] = field(repr=False)
     at_once: int
+    generates: bool = False
+
+    @property
+    def tasks(self) -> list[SequenceTask]:
+        """Of all runs."""
+        return [task for run in self.runs for task in run]
 
     def perform(self, workplace: Workplace) -> list[list[EditRecord]]:
         """The records of each task; where one fails, its own say so and the others are made without it.
@@ -56,7 +66,7 @@ class TogetherTask:
         except Exception as error:
             if len(self.tasks) > 1:
                 logger.warning("%d sequences are made one by one, since one of them failed: %s", len(self.tasks), error)
-                alone = (TogetherTask((task,), self.at_once) for task in self.tasks)
+                alone = (replace(self, runs=((task,),)) for task in self.tasks)
                 return [records for task in alone for records in task.perform(workplace)]
             logger.warning("%s failed: %s", self.tasks[0].key, error)
             records = [self.tasks[0].failed(error)]
@@ -77,16 +87,10 @@ class TogetherTask:
         for task in self.tasks:
             exams = _examine(workplace, task.method, first.settings, task.edits)
             examined += [(exam, weights[task.key]) for exam in exams]
-        scores = iter(score_many(workplace.model, opened, examined))
+        scores = iter(self._score(workplace, opened, examined))
         return [
             [
-                task.record(
-                    position,
-                    scores=with_finite_kl(next(scores).summary()),
-                    steps=steps,
-                    ended=ended,
-                    seconds=seconds,
-                )
+                task.record(position, scores=next(scores), steps=steps, ended=ended, seconds=seconds)
                 for position, (steps, ended, seconds) in enumerate(made[task.key])
             ]
             for task in self.tasks
@@ -102,36 +106,66 @@ class TogetherTask:
         """Make the edits at one place of all sequences, of which the weights so far are given."""
         settings = self.tasks[0].settings
         assert settings is not None
-        runs, jobs = [], []
-        for tasks in self._sharing(position):
-            task = next(iter(tasks.values()))
-            family = Family((parse(name) for name in tasks), task.method)
+        of_runs, jobs = [], []
+        for tasks in self.runs:
+            task = tasks[0]
+            family = Family((parse(task.loss) for task in tasks), task.method)
             start = weights[task.key] if position else opened.start(task.first_index)
             batch = encode_targets(workplace.tokenizer, task.edits[position].pairs, workplace.model.device)
             # Adam's steps would vanish in the rounding of half-precision weights.
-            jobs.append(family.job(batch, start.float() if start.dtype.itemsize < 4 else start))
-            runs.append((family, tasks))
+            start = start.float() if start.dtype.itemsize < 4 else start
+            jobs.append(family.job(batch, start, workplace.tokenizer.bos_token_id))
+            of_runs.append(family)
         made = fit_many(workplace.model, opened, jobs, steps=settings.steps, lr=settings.lr, at_once=self.at_once)
-        for (family, tasks), edit in zip(runs, made, strict=True):
-            for name, (snapshot, ended) in family.results(edit).items():
-                yield tasks[name], snapshot, ended, _seconds(edit, snapshot)
+        for tasks, family, edit in zip(self.runs, of_runs, made, strict=True):
+            ends = family.results(edit)
+            for task in tasks:
+                snapshot, ended = ends[task.loss]
+                yield task, snapshot, ended, _seconds(edit, snapshot)
 
-    def _sharing(self, position: int) -> Iterator[dict[str, SequenceTask]]:
-        """Tasks by loss, in groups that can share a run: after the first edit their weights are no longer the same."""
-        of_edits: dict[object, dict[str, SequenceTask]] = defaultdict(dict)
-        for task in self.tasks:
-            of_edits[task.sequence if position == 0 and task.length == 1 else task.key][task.loss] = task
-        for by_loss in of_edits.values():
-            for losses in families(map(parse, by_loss)):
-                yield {loss.name: by_loss[loss.name] for loss in losses}
+    def _score(
+        self, workplace: Workplace, opened: OpenedWeights, examined: list[tuple[Exam, Tensor]]
+    ) -> Iterator[Scores]:
+        scores = score_many(workplace.model, opened, examined)
+        if not self.generates:
+            yield from (with_finite_kl(score.summary()) for score in scores)
+            return
+        said = say_many(workplace.model, workplace.tokenizer, opened, examined)
+        for score, own in zip(scores, said, strict=True):
+            yield replace(with_finite_kl(score.summary()), said=own)
 
 
-def together(tasks: Iterable[SequenceTask], at_once: int) -> list[TogetherTask]:
-    """The tasks in groups, each of as many sequences as share a pass, with all losses."""
-    groups: dict[object, list[SequenceTask]] = defaultdict(list)
+def together(tasks: Iterable[SequenceTask], at_once: int, *, generates: bool = False) -> list[TogetherTask]:
+    """The tasks in groups, each of as many runs as share a pass, so that what is finished is soon on disk."""
+    alike: dict[object, list[SequenceTask]] = defaultdict(list)
     for task in tasks:
-        groups[task.data, task.seed, task.method, task.settings, task.length, task.sequence // at_once].append(task)
-    return [TogetherTask(tuple(group), at_once) for group in groups.values()]
+        # After a row's first edit the losses have different weights, so no run is shared.
+        block = task.sequence // at_once if task.length == 1 else None
+        alike[task.data, task.seed, task.method, task.settings, task.length, block].append(task)
+    return [
+        TogetherTask(runs, at_once, generates)
+        for own in alike.values()
+        for runs in (_single_edits(own) if own[0].length == 1 else _rows(own, at_once))
+    ]
+
+
+_Runs = tuple[tuple[SequenceTask, ...], ...]
+
+
+def _single_edits(tasks: list[SequenceTask]) -> Iterator[_Runs]:
+    """For each family of losses, a run of each edit."""
+    for family in families(parse(loss) for loss in dict.fromkeys(task.loss for task in tasks)):
+        runs: dict[int, list[SequenceTask]] = defaultdict(list)
+        names = {loss.name for loss in family}
+        for task in tasks:
+            if task.loss in names:
+                runs[task.sequence].append(task)
+        yield tuple(map(tuple, runs.values()))
+
+
+def _rows(tasks: list[SequenceTask], at_once: int) -> Iterator[_Runs]:
+    for start in range(0, len(tasks), at_once):
+        yield tuple((task,) for task in tasks[start : start + at_once])
 
 
 def _seconds(edit: FittedEdit, snapshot: Snapshot) -> float:

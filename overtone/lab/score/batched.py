@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from overtone.lab.data.edit import Edit, Probe
 from overtone.lab.edit.many import OpenedWeights, target_texts
+from overtone.lab.model.answers import normalised
 from overtone.lab.model.positions import Capture, Text, logits_at
 from overtone.lab.model.targets import encode_targets
-from overtone.lab.score.answers import normalised
-from overtone.lab.score.scores import MEASURES, Scores, kl_divergence, sequence_probability, what_to_ask
+from overtone.lab.score.scores import Scores, by_kind, by_measure, kl_divergence, sequence_probability, what_to_ask
 
 
 @dataclass(frozen=True)
@@ -54,14 +53,11 @@ class EditScores:
         probes: in the order of the exam.
         p_new: probability of the whole new target after the edited prompt.
         p_old: probability of the whole old target after the edited prompt; None where the edit names none.
-        says_old: greedy generation after the edited prompt begins with the old target; None where the edit names none.
-            Of the unedited model's scores this says whether it knew the fact.
     """
 
     probes: tuple[ProbeScore, ...]
     p_new: float
     p_old: float | None
-    says_old: bool | None
 
     def accuracy(self, *, without_new_target: bool = False) -> dict[str, float]:
         """Measure to accuracy: the mean over its kinds of probes of the mean over a kind's probes.
@@ -79,20 +75,14 @@ class EditScores:
     @property
     def kl(self) -> float | None:
         """KL on locality in nats, averaged in the same way; None without locality probes."""
-        return _mean_over_kinds((probe.kind, probe.kl) for probe in self.probes if probe.kl is not None)
+        divergences = ((probe.measure, probe.kind, probe.kl) for probe in self.probes if probe.kl is not None)
+        return by_measure(divergences).get("loc")
 
     def summary(self) -> Scores:
         """The scores as results have them; what needs a generation is empty."""
-        kinds = {(probe.measure, probe.kind) for probe in self.probes}
-        by_kind = {
-            f"{measure}.{kind}": fmean(
-                probe.accuracy for probe in self.probes if (probe.measure, probe.kind) == (measure, kind)
-            )
-            for measure, kind in sorted(kinds)
-        }
         return Scores(
             accuracy=self.accuracy(),
-            accuracy_by_kind=by_kind,
+            accuracy_by_kind=by_kind((probe.measure, probe.kind, probe.accuracy) for probe in self.probes),
             exact_match={},
             p_new=self.p_new,
             p_old=self.p_old,
@@ -102,15 +92,11 @@ class EditScores:
         )
 
     def _means(self, value: Callable[[ProbeScore], float], without_new_target: bool) -> dict[str, float]:
-        means = {}
-        for measure in MEASURES:
-            of_measure = [probe for probe in self.probes if probe.measure == measure]
-            if without_new_target and measure == "por":
-                of_measure = [probe for probe in of_measure if not probe.is_new_target]
-            mean = _mean_over_kinds((probe.kind, value(probe)) for probe in of_measure)
-            if mean is not None:
-                means[measure] = mean
-        return means
+        return by_measure(
+            (probe.measure, probe.kind, value(probe))
+            for probe in self.probes
+            if not (without_new_target and probe.measure == "por" and probe.is_new_target)
+        )
 
 
 @dataclass(frozen=True)
@@ -191,7 +177,7 @@ def score_many(
         tokens_at_once: how many tokens, padding included, a pass has at most; an exam with more has one of its own.
     """
     scores: list[EditScores] = []
-    for group in _passes(examined, tokens_at_once):
+    for group in passes(examined, tokens_at_once):
         texts = [text for exam, _ in group for text in exam.texts]
         rows = [len(exam.texts) for exam, _ in group]
         prepared = [part for exam, _ in group for part in exam.prepared]
@@ -205,7 +191,8 @@ def score_many(
     return scores
 
 
-def _passes(examined: Sequence[tuple[Exam, Tensor]], tokens_at_once: int) -> Iterator[list[tuple[Exam, Tensor]]]:
+def passes(examined: Sequence[tuple[Exam, Tensor]], tokens_at_once: int) -> Iterator[list[tuple[Exam, Tensor]]]:
+    """Neighbours in groups, each as large as one pass may be (see `score_many`)."""
     group: list[tuple[Exam, Tensor]] = []
     for item in examined:
         rows = sum(len(exam.texts) for exam, _ in (*group, item))
@@ -235,19 +222,9 @@ def _score(exam: Exam, forced: Sequence[Tensor], unedited: Tensor) -> EditScores
                 measure, probe.kind, hits.float().mean().item(), bool(hits.all()), exam.is_new_target[row], divergence
             )
         )
-    p_old, says_old = None, None
-    if len(forced) > len(probes):
-        p_old = _probability(forced[-1], exam.labels[-1])
-        says_old = bool((forced[-1].argmax(dim=-1) == exam.labels[-1]).all())
-    return EditScores(tuple(probes), _probability(forced[0], exam.labels[0]), p_old, says_old)
+    p_old = _probability(forced[-1], exam.labels[-1]) if len(forced) > len(probes) else None
+    return EditScores(tuple(probes), _probability(forced[0], exam.labels[0]), p_old)
 
 
 def _probability(logits: Tensor, labels: Tensor) -> float:
     return sequence_probability(logits.float().log_softmax(dim=-1), labels)
-
-
-def _mean_over_kinds(values: Iterable[tuple[str, float]]) -> float | None:
-    kinds: dict[str, list[float]] = {}
-    for kind, value in values:
-        kinds.setdefault(kind, []).append(value)
-    return fmean(fmean(of_kind) for of_kind in kinds.values()) if kinds else None

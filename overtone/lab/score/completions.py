@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
 from overtone.lab.edit.many import OpenedWeights
-from overtone.lab.score.answers import begins_with
-from overtone.lab.score.batched import Exam
-from overtone.lab.score.completion import complete
+from overtone.lab.model.answers import begins_with
+from overtone.lab.model.completion import complete_for
+from overtone.lab.score.batched import Exam, passes
+from overtone.lab.score.scores import by_measure
 
 
-def spoken_answers(
-    model: Any, tokenizer: Any, opened: OpenedWeights, examined: Sequence[tuple[Exam, Tensor]]
+def say_many(
+    model: Any,
+    tokenizer: Any,
+    opened: OpenedWeights,
+    examined: Sequence[tuple[Exam, Tensor]],
+    *,
+    tokens_at_once: int = 2048,
 ) -> list[dict[str, float]]:
-    """For each edit, measure to the share of probes whose answer a greedy completion begins with, as normalised text.
+    """For each edit, measure to the share of probes after which a greedy completion begins with the answer.
 
-    Where `EditScores.begins` compares tokens, this also counts an answer that the model spells with other tokens, and
-    aliases. It generates, so it takes much longer. Locality is left out: its answers are the unedited model's.
+    Where `EditScores.begins` compares tokens, this compares normalised text: it also counts an answer that the model
+    spells with other tokens, and aliases. It generates, so it takes longer than all the rest of scoring. Locality is
+    left out: its answers are the unedited model's.
 
     Args:
         model: the unedited model, in evaluation mode.
         tokenizer: its tokenizer.
         opened: the weights that were edited.
         examined: (exam, weights) of each edit.
+        tokens_at_once: as for `overtone.lab.score.batched.score_many`.
     """
+    return [shares for group in passes(examined, tokens_at_once) for shares in _say(model, tokenizer, opened, group)]
+
+
+def _say(
+    model: Any, tokenizer: Any, opened: OpenedWeights, examined: Sequence[tuple[Exam, Tensor]]
+) -> list[dict[str, float]]:
     asked = [
         [(probe, measure) for probe, measure in zip(exam.probes, exam.measures, strict=True) if measure != "loc"]
         for exam, _ in examined
     ]
-    longest = max(len(labels) for exam, _ in examined for labels in exam.labels)
-    prompts = [probe.prompt for probes in asked for probe, _ in probes]
-    with opened.applied([weights for _, weights in examined], [len(probes) for probes in asked], ()):
-        # Other tokens than the target's may need more of them.
-        said = iter(complete(model, tokenizer, prompts, longest + 4))
-    shares = []
-    for probes in asked:
-        hits: dict[str, list[float]] = {}
-        for probe, measure in probes:
-            is_right = begins_with(next(said), (probe.answer, *probe.aliases))
-            hits.setdefault(measure, []).append(float(is_right))
-        shares.append({measure: fmean(values) for measure, values in hits.items()})
-    return shares
+    probes = [probe for own in asked for probe, _ in own]
+    with opened.applied([weights for _, weights in examined], [len(own) for own in asked], ()):
+        completions = complete_for(model, tokenizer, probes)
+    right = iter(begins_with(said, probe.answers) for said, probe in zip(completions, probes, strict=True))
+    return [by_measure([(measure, probe.kind, float(next(right))) for probe, measure in own]) for own in asked]

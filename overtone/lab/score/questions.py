@@ -15,7 +15,7 @@ import torch
 
 from overtone.lab.data.edit import Edit
 from overtone.lab.data.prompts import MULTI_HOP_PROMPT, SINGLE_HOP_PROMPT, short_answer
-from overtone.lab.score.completion import complete
+from overtone.lab.model.completion import complete
 
 TEMPERATURES: Mapping[str, float | None] = {"greedy": None, "temperature 0.1": 0.1}
 """Title of each way to decode, and its temperature."""

@@ -7,6 +7,7 @@ argmax is the unedited model's. A measure is the mean over its kinds of probes, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 
 from overtone.lab.data.edit import Edit, Probe
+from overtone.lab.model.completion import complete, is_exact_match
 from overtone.lab.model.targets import TargetBatch, encode_targets, target_logits
-from overtone.lab.score.completion import complete, is_exact_match
 
 MEASURES = ("rel", "gen", "por", "loc")
 """Reliability (the edited prompt), generality (rephrased), portability (reasoning from it), locality (all else)."""
+
+ProbeValue = tuple[str, str, float]
+"""What is measured on one probe: which of `MEASURES` it counts towards, the probe's kind, and the value."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Scores:
             finite.
         begins: measure to the share of probes whose answer greedy generation begins with, token for token (locality:
             that it agrees with the unedited model as far as the answer goes).
+        said: measure to the share of probes whose answer, or an alias of it, greedy generation begins with as
+            normalised text; empty where nothing was generated for it. Locality is not asked.
         por_of_others: portability without the probes whose answer is the edit's own target, which a model that says
             the target everywhere gets right; None where none is left.
 
@@ -51,6 +57,7 @@ class Scores:
     p_old: float | None
     kl: float | None
     begins: dict[str, float] = field(default_factory=dict)
+    said: dict[str, float] = field(default_factory=dict)
     por_of_others: float | None = None
 
 
@@ -124,24 +131,26 @@ def score(model: Any, tokenizer: Any, examination: Examination) -> Scores:
     """
     forced, targets = teacher_forced(model, examination.batch), examination.batch.targets
     completions = complete(model, tokenizer, [probe.prompt for probe in examination.probes], examination.max_new_tokens)
-    accuracy, exact_match, divergence = _Tally(), _Tally(), _Tally()
+    accuracy: list[ProbeValue] = []
+    exact_match: list[ProbeValue] = []
+    divergence: list[ProbeValue] = []
     for row, (probe, measure) in enumerate(zip(examination.probes, examination.measures, strict=True)):
         log_probs, unedited = forced[row], examination.unedited[row]
         if measure == "loc":
             is_right = completions[row] == examination.unedited_completions[row]
-            accuracy.add(measure, probe.kind, token_agreement(log_probs, unedited.argmax(dim=-1)))
-            divergence.add(measure, probe.kind, kl_divergence(unedited, log_probs))
+            accuracy.append((measure, probe.kind, token_agreement(log_probs, unedited.argmax(dim=-1))))
+            divergence.append((measure, probe.kind, kl_divergence(unedited, log_probs)))
         else:
             is_right = is_exact_match(completions[row], probe)
-            accuracy.add(measure, probe.kind, token_agreement(log_probs, targets[row]))
-        exact_match.add(measure, probe.kind, float(is_right))
+            accuracy.append((measure, probe.kind, token_agreement(log_probs, targets[row])))
+        exact_match.append((measure, probe.kind, float(is_right)))
     return Scores(
-        accuracy=accuracy.by_measure(),
-        accuracy_by_kind=accuracy.by_kind(),
-        exact_match=exact_match.by_measure(),
+        accuracy=by_measure(accuracy),
+        accuracy_by_kind=by_kind(accuracy),
+        exact_match=by_measure(exact_match),
         p_new=sequence_probability(forced[0], targets[0]),
         p_old=sequence_probability(forced[-1], targets[-1]) if len(targets) > len(examination.probes) else None,
-        kl=divergence.by_measure().get("loc"),
+        kl=by_measure(divergence).get("loc"),
     )
 
 
@@ -171,20 +180,17 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> float:
     return terms.sum(dim=-1).mean().item()
 
 
-class _Tally:
-    """Values of probes, averaged over each kind of probe and then over the kinds of a measure."""
+def by_kind(values: Iterable[ProbeValue]) -> dict[str, float]:
+    """ "measure.kind" to the mean over its probes."""
+    kinds: dict[str, list[float]] = {}
+    for measure, kind, value in values:
+        kinds.setdefault(f"{measure}.{kind}", []).append(value)
+    return {name: fmean(of_kind) for name, of_kind in kinds.items()}
 
-    def __init__(self) -> None:
-        self._values: dict[tuple[str, str], list[float]] = {}
 
-    def add(self, measure: str, kind: str, value: float) -> None:
-        self._values.setdefault((measure, kind), []).append(value)
-
-    def by_kind(self) -> dict[str, float]:
-        return {f"{measure}.{kind}": fmean(values) for (measure, kind), values in self._values.items()}
-
-    def by_measure(self) -> dict[str, float]:
-        kinds: dict[str, list[float]] = {}
-        for (measure, _), values in self._values.items():
-            kinds.setdefault(measure, []).append(fmean(values))
-        return {measure: fmean(values) for measure, values in kinds.items()}
+def by_measure(values: Iterable[ProbeValue]) -> dict[str, float]:
+    """Measure to the mean over its kinds of the mean over a kind's probes."""
+    measures: dict[str, list[float]] = {}
+    for name, mean in by_kind(values).items():
+        measures.setdefault(name.partition(".")[0], []).append(mean)
+    return {measure: fmean(means) for measure, means in measures.items()}

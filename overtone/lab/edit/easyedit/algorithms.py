@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from overtone.lab.edit.easyedit import process
-from overtone.lab.edit.easyedit.losses import token_loss
+from overtone.lab.edit.easyedit.losses import hparams_token_loss
 from overtone.token_loss import LossSpec
 
 
@@ -57,7 +57,7 @@ def require_easyedit(method: str) -> None:
 def easyedit_cannot_minimise(method: str, loss: LossSpec) -> str | None:
     """Why a method of `ALGORITHMS` cannot minimise a loss, or None; EasyEdit need not be there."""
     try:
-        token_loss(ALGORITHMS[method].alg_name, loss)
+        hparams_token_loss(ALGORITHMS[method].alg_name, loss)
     except ValueError as error:
         return str(error)
     return None

@@ -119,11 +119,16 @@ def make_hparams(alg_name: str, model: Any, tokenizer_folder: Path) -> Any:
     Raises:
         ValueError: the model is built otherwise.
     """
-    values = hparams_values(alg_name, model, tokenizer_folder)
-    if alg_name == "MELO":
-        return _melo_hparams(values)
+    return hparams_object(alg_name, hparams_values(alg_name, model, tokenizer_folder))
+
+
+def hparams_object(alg_name: str, values: dict[str, Any]) -> Any:
+    """EasyEdit's hparams object of a method with these values, each by the name of its field."""
     package = alg_name.lower()
     module = importlib.import_module(f"easyeditor.models.{package}.{package}_hparams")
+    if alg_name == "MELO":
+        sections = {"grace": module.GRACEHyperParams, "model": module.MODELHyperParams, "lora": module.LoRAHyperParams}
+        values = values | {name: section(**values[name]) for name, section in sections.items()}
     return getattr(module, f"{alg_name}HyperParams")(**values)
 
 
@@ -244,13 +249,6 @@ def _melo(target: _Target) -> dict[str, Any]:
             "lora_dropout": 0.0,
         },
     }
-
-
-def _melo_hparams(values: dict[str, Any]) -> Any:
-    module = importlib.import_module("easyeditor.models.melo.melo_hparams")
-    sections = {"grace": module.GRACEHyperParams, "model": module.MODELHyperParams, "lora": module.LoRAHyperParams}
-    nested = {name: section(**values[name]) for name, section in sections.items()}
-    return module.MELOHyperParams(**{**values, **nested})
 
 
 def _wise(target: _Target) -> dict[str, Any]:

@@ -10,7 +10,7 @@ OVERTONE_METHODS = {"FT": "ft-m", "LoRA": "lora", "MELO": "melo", "WISE": "wise"
 """EasyEdit's name of each method whose loss can be replaced, and whose values of the paper it takes."""
 
 
-def token_loss(alg_name: str, loss: LossSpec) -> dict[str, Any] | None:
+def hparams_token_loss(alg_name: str, loss: LossSpec) -> dict[str, Any] | None:
     """The value of the key.
 
     A loss with a hold changes nothing any more once it is held: FT-M then ends as it does of itself, LoRA and MELO go

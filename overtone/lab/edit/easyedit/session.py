@@ -20,7 +20,7 @@ from overtone.lab.data.edit import Edit
 from overtone.lab.edit.easyedit import process
 from overtone.lab.edit.easyedit.algorithms import ALGORITHMS, Algorithm, require_easyedit
 from overtone.lab.edit.easyedit.hparams import edited_weights, make_hparams, most_steps
-from overtone.lab.edit.easyedit.losses import OVERTONE_METHODS, token_loss
+from overtone.lab.edit.easyedit.losses import OVERTONE_METHODS, hparams_token_loss
 from overtone.lab.edit.easyedit.rows import RowByRow
 from overtone.lab.edit.easyedit.statistics import answer_for_statistics
 from overtone.lab.edit.fit import FitTrace
@@ -121,7 +121,7 @@ class EasyEditSession:
         hparams.batch_size = len(calls[0])
         if self._algorithm.alg_name == "WISE":
             hparams.sequential_edit = True  # else WISE drops what was edited before
-        choice = token_loss(self._algorithm.alg_name, loss)
+        choice = hparams_token_loss(self._algorithm.alg_name, loss)
         if choice is not None:
             hparams.token_loss = choice
         with process.seeded(self._seed_now()), process.silenced(), process.counted_steps() as steps:

@@ -1,0 +1,231 @@
+"""What an attached model's anchors are measured against: the unedited model's logits for the same batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from overtone.anchor import Anchors
+from overtone.config import OverToneConfig
+from overtone.huggingface.fused_head import FusedHead, spreads_vocabulary
+from overtone.huggingface.verification import how_sharded_or_unloaded, undisturbed
+from overtone.huggingface.wrappers import (
+    changes_base_weights,
+    has_adapters,
+    is_of_peft,
+    virtual_tokens,
+    without_adapters,
+)
+
+Reference: TypeAlias = nn.Module | Literal["adapter", "logits"]
+"""The unedited model: the trained one without its adapters, another module, or logits that come with the batch."""
+
+NAMES = ("adapter", "logits")
+_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "loss_mask")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a running forward was called with.
+
+    Attributes:
+        model: whose forward it is.
+        forward: to call it again.
+        args, kwargs: its arguments, without reference_logits.
+        reference_logits: ``(batch, sequence, V)``, if they came with the batch.
+    """
+
+    model: nn.Module
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reference_logits: Tensor | None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The arguments by name, without those of the loss."""
+        signature = inspect.signature(self.forward)
+        named = signature.bind_partial(*self.args, **self.kwargs).arguments
+        others = [name for name, one in signature.parameters.items() if one.kind is inspect.Parameter.VAR_KEYWORD]
+        inputs = {**named, **{key: value for name in others for key, value in named.pop(name, {}).items()}}
+        inputs = {name: value for name, value in inputs.items() if name not in (*_OF_THE_LOSS, *others)}
+        if inputs.get("past_key_values") is not None:
+            raise ValueError("past_key_values must be None with an anchor, whose reference would write to them too")
+        if "use_cache" in signature.parameters:
+            inputs["use_cache"] = False
+        return {**inputs, "return_dict": True}
+
+
+def check_reference(
+    reference: Reference | None, config: OverToneConfig, top_k: int | None, *, inside: nn.Module, causal_lm: Any
+) -> None:
+    """Raise a ValueError or TypeError unless the reference is one that an anchor can be measured against.
+
+    Args:
+        reference, config, top_k: as of `attach`.
+        inside: the model that it was given.
+        causal_lm: the Hugging Face model in it.
+    """
+    if not config.anchor:
+        if reference is not None or top_k is not None:
+            raise ValueError(
+                "reference and anchor_top_k must be None without an anchor: pass OverToneConfig(anchor=1.0), say"
+            )
+        return
+    if reference is None:
+        raise ValueError(
+            f"reference must be given with anchor={config.anchor}: 'adapter' (the model without its PEFT adapters), a "
+            "frozen copy of the model, or 'logits' (model(..., reference_logits=...))"
+        )
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"anchor_top_k must be a whole number of tokens, 1 or more, or None, got {top_k!r}")
+    if not isinstance(reference, nn.Module) and reference not in NAMES:
+        raise ValueError(f"reference must be a model, 'adapter' or 'logits', got {reference!r:.200}")
+    if virtual_tokens(inside) or any(_is_prompt_learning(module) for module in inside.modules()):
+        raise ValueError(
+            "anchor must be 0 with prompt learning (prompt tuning, prefix tuning): the unedited model has no virtual "
+            "tokens, so that its positions are others; train LoRA, say"
+        )
+    if spreads_vocabulary(causal_lm):
+        raise ValueError("anchor must be 0 for a model whose output layer is spread over ranks (tensor parallelism)")
+    if reference == "adapter":
+        _refuse_adapters(inside, causal_lm)
+    elif isinstance(reference, nn.Module):
+        _refuse_trained(reference, inside)
+
+
+@torch.no_grad()
+def record_anchors(
+    reference: Reference,
+    batch: Batch,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    *,
+    ignore_index: int,
+    top_k: int | None,
+    like: Tensor,
+    fused_head: FusedHead | None,
+) -> Anchors:
+    """The positions of a batch that must stay, and the unedited model's distributions there.
+
+    Args:
+        reference: the unedited model.
+        batch: of the running forward.
+        labels, shift_labels, ignore_index: as of `overtone.huggingface.causal_lm_loss`, one of the labels not None.
+        top_k: as of `overtone.Anchors.record`.
+        like: the edited model's logits, or whatever stands for them, on the device of the loss.
+        fused_head: given, an adapter's reference makes no logits but those of a block of rows.
+    """
+    inputs = batch.inputs
+    at = positions_that_stay(inputs, labels, shift_labels, ignore_index, getattr(batch.model, "config", None))
+    at = at.to(like.device)
+    if reference == "adapter":
+        with evaluating(batch.model), without_adapters(batch.model):
+            if fused_head is not None:
+                hidden, head = fused_head.divert(batch.forward, inputs)
+                return Anchors.record_hidden(hidden, head.weight, at, bias=head.bias, top_k=top_k)
+            logits: Tensor = batch.forward(**inputs).logits
+    elif isinstance(reference, nn.Module):
+        with evaluating(reference):
+            logits = reference(**inputs).logits
+    elif batch.reference_logits is not None:
+        logits = batch.reference_logits
+    else:
+        raise ValueError(
+            "reference_logits must be given to the model in every training step, since it is attached with "
+            "reference='logits': the unedited model's logits for this batch, (batch, sequence, V)"
+        )
+    if logits.shape[:-1] != at.shape:
+        raise ValueError(
+            f"reference must give logits for the {tuple(at.shape)} positions of the labels, got {tuple(logits.shape)}"
+        )
+    return Anchors.record(logits.to(like.device), at, top_k=top_k)
+
+
+def positions_that_stay(
+    inputs: dict[str, Any], labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int, config: Any
+) -> Tensor:
+    """Where the logits belong to no target: ``(batch, sequence)``, bool.
+
+    Those of real tokens that are no targets themselves and are not followed by one, whose prediction they would be.
+    A token is real where the attention mask is 1; without a mask, where it is not the padding token.
+    """
+    if shift_labels is None:
+        assert labels is not None
+        is_target = labels != ignore_index
+        is_followed = torch.nn.functional.pad(is_target[..., 1:], (0, 1))
+    else:
+        is_followed = shift_labels != ignore_index
+        is_target = torch.nn.functional.pad(is_followed[..., :-1], (1, 0))
+    at = ~is_target & ~is_followed
+    mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
+    padding = getattr(config, "pad_token_id", None)
+    if isinstance(mask, Tensor) and mask.shape == at.shape:
+        at = at & mask.to(at.device).bool()
+    elif isinstance(tokens, Tensor) and tokens.shape == at.shape and padding is not None:
+        at = at & (tokens.to(at.device) != padding)
+    return at
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, each module's own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _is_prompt_learning(module: nn.Module) -> bool:
+    return is_of_peft(module) and bool(
+        getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False)
+    )
+
+
+def _refuse_adapters(inside: nn.Module, causal_lm: Any) -> None:
+    """Raise a ValueError unless the model without its adapters is the unedited one, whatever is trained."""
+    if not has_adapters(causal_lm):
+        raise ValueError(
+            f"reference='adapter' needs a model with PEFT adapters, got {type(inside).__name__} without: pass a frozen "
+            "copy, reference=copy.deepcopy(model)"
+        )
+    if culprit := changes_base_weights(inside):
+        raise ValueError(
+            f"reference='adapter' cannot be the unedited model with {culprit}, which changes the weights below the "
+            "adapter: pass a copy from before, or the logits"
+        )
+    if how_sharded_or_unloaded(inside):
+        return
+    trained = {name: parameter for name, parameter in inside.named_parameters() if parameter.requires_grad}
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=causal_lm.get_input_embeddings().weight.device)
+    with undisturbed(causal_lm), without_adapters(causal_lm), torch.enable_grad():
+        logits = causal_lm(input_ids=tokens).logits
+        if not (trained and logits.requires_grad):
+            return
+        gradients = torch.autograd.grad(logits.float().sum(), list(trained.values()), allow_unused=True)
+    reached = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is not None]
+    if reached:
+        raise ValueError(
+            f"reference='adapter' cannot be the unedited model: {len(reached)} trained parameters are used without the "
+            f"adapters too ({reached[0]}); pass a frozen copy, reference=copy.deepcopy(model)"
+        )
+
+
+def _refuse_trained(reference: nn.Module, inside: nn.Module) -> None:
+    trained = {id(parameter) for parameter in inside.parameters() if parameter.requires_grad}
+    shared = [name for name, parameter in reference.named_parameters() if id(parameter) in trained]
+    if shared or reference is inside:
+        raise ValueError(
+            f"reference must not change with the model, but shares {len(shared)} trained parameters with it"
+            f"{f' ({shared[0]})' if shared else ''}: pass copy.deepcopy(model), or 'adapter' for a PEFT model"
+        )
