@@ -228,31 +228,19 @@ def real_against_best_stop(data: str, title: str) -> pd.DataFrame:
 
 @table
 def gemma_zsre() -> pd.DataFrame:
-    """A real model, KnowEdit's ZsRE, LoRA."""
-    return of_gemma("zsre", "lora")
+    """A real model, KnowEdit's ZsRE."""
+    return of_gemma("zsre")
 
 
 @table
 def gemma_counterfact() -> pd.DataFrame:
-    """A real model, CounterFact, LoRA."""
-    return of_gemma("counterfact", "lora")
+    """A real model, CounterFact."""
+    return of_gemma("counterfact")
 
 
-@table
-def gemma_zsre_ft_m() -> pd.DataFrame:
-    """A real model, KnowEdit's ZsRE, FT-M."""
-    return of_gemma("zsre", "ft-m")
-
-
-@table
-def gemma_counterfact_ft_m() -> pd.DataFrame:
-    """A real model, CounterFact, FT-M."""
-    return of_gemma("counterfact", "ft-m")
-
-
-def of_gemma(data: str, method: str) -> pd.DataFrame:
+def of_gemma(data: str) -> pd.DataFrame:
     """Measures, the average with its interval, KL and steps."""
-    rows = with_titles(read(f"real/gemma-3-270m-{method}").query(f"data == {data!r}"))
+    rows = with_titles(read("real/gemma-3-270m-lora").query(f"data == {data!r}"))
     rows = rows.rename(columns={"low": "average low", "high": "average high"})
     kl = {"KL on locality": rows.kl.map(lambda value: number(value, 2)).tolist()}
     measures = by_measure(rows.dropna(axis=1, how="all"))

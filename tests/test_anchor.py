@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradients import value_and_gradient
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_cases import FLOATS, draw_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,6 +76,7 @@ class TestValue:
         torch.testing.assert_close(value.double(), expected, rtol=8 * min(eps, 1e-7), atol=0)
         torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2 * eps, atol=2 * min(eps, 1e-7))
 
+    @settings(deadline=None, max_examples=60)
     @given(st.data())
     def test_is_the_literal_one_for_any_logits(self, data):
         """Banned tokens, ties and whole certainty too."""
@@ -116,6 +117,14 @@ class TestValue:
         ]
         assert all(less < more + 1e-12 for less, more in itertools.pairwise(found))
         torch.testing.assert_close(found[-2], found[-1])  # one token alone in its class
+
+    def test_top_k_where_all_others_are_banned(self):
+        """Of two tokens that are left the gradient is pi - pi_0, and 0 of the others."""
+        before, logits = torch.full((2, 1, 9), -math.inf, dtype=torch.float64)
+        before[0, :2], logits[0, :2] = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.0])
+        anchors = Anchors.record(before, torch.ones(1, dtype=torch.bool), top_k=2)
+        _, gradient = value_and_gradient(overtone_loss, logits, torch.tensor([-100]), anchors=anchors, anchor=1.0)
+        torch.testing.assert_close(gradient, logits.softmax(1) - before.softmax(1))
 
     def test_groups_have_means_of_their_own(self):
         logits, before, labels = call()
@@ -202,10 +211,10 @@ class TestValue:
         logits, before, labels = call(torch.float16)
         anchors = Anchors.record(before, PROMPT)
         leaf = logits.clone().requires_grad_()
-        (overtone_loss(leaf, labels, anchors=anchors, anchor=1e-4, anchor_epsilon=0.0) * 2.0**16).backward()
+        (overtone_loss(leaf, labels, anchors=anchors, anchor=1e-4, anchor_epsilon=0.0) * 2.0**24).backward()
         difference = logits[PROMPT].double().softmax(-1) - anchors.log_probs.double().exp()
-        expected = difference * (1e-4 / 4 * 2.0**16)
-        torch.testing.assert_close(leaf.grad[PROMPT].double(), expected, rtol=2e-3, atol=1e-7)
+        expected = difference * (1e-4 / 4 * 2.0**24)
+        torch.testing.assert_close(leaf.grad[PROMPT].double(), expected, rtol=2e-3, atol=1e-6)
 
 
 def one_by_one(anchors):
@@ -240,8 +249,19 @@ class TestDerivatives:
         leaf = logits.requires_grad_()
         loss = overtone_loss(leaf, labels, anchors=Anchors.record(before, PROMPT), anchor=1.0)
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        assert gradient[PROMPT].any()
         with pytest.raises(RuntimeError, match="second derivative"):
             gradient.sum().backward()
+
+    def test_second_derivative_of_the_layer_is_refused(self):
+        hidden, weight, _, before, labels = layer()
+        inputs = hidden.requires_grad_(), weight.requires_grad_()
+        anchors = Anchors.record_hidden(hidden, before, PROMPT)
+        loss = linear_overtone_loss(*inputs, labels, anchors=anchors, anchor=1.0)
+        gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+        for gradient in gradients:
+            with pytest.raises(RuntimeError, match="second derivative"):
+                gradient.sum().backward(retain_graph=True)
 
     def test_graph_can_be_gone_through_twice(self):
         logits, before, labels = call()

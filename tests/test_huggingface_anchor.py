@@ -6,11 +6,13 @@ import copy
 import inspect
 from typing import Any
 
+import peft
 import pytest
 import tiny_models
 import torch
 import transformers
 from datasets import Dataset
+from packaging.version import Version
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_huggingface_peft import TUNERS, wrapped
 from tiny_trainer import Gradients, arguments, gradients_of, trained_gradients, word_tokenizer
@@ -21,8 +23,6 @@ from overtone import Anchors, OverToneConfig, overtone_loss
 from overtone.huggingface import TokenStatesCallback, attach, causal_lm_loss, compute_loss_func
 from overtone.huggingface.reference import evaluating, positions_that_stay
 from overtone.huggingface.wrappers import without_adapters
-
-trl = pytest.importorskip("trl", reason="TRL is not in EasyEdit's environment, where other tests are collected")
 
 CONFIG = OverToneConfig(anchor=2.0, anchor_epsilon=0.01)
 PROMPTS = (4, 2, 3, 5)
@@ -236,7 +236,9 @@ class TestAdapterSwitchedOff:
     @pytest.mark.parametrize("kind", TUNERS)
     def test_in_every_tuner(self, kind, tmp_path):
         model, batch = wrapped(kind, tmp_path)
-        if kind in (*self.REFUSED, "P_TUNING"):
+        # Before PEFT 0.21 X-LoRA's experts were trained beside its switch.
+        is_old = Version(peft.__version__) < Version("0.21")
+        if kind in (*self.REFUSED, "P_TUNING") or (is_old and kind == "XLORA"):
             with pytest.raises(ValueError, match=r"anchor|reference|model must"):
                 attach(model, CONFIG, reference="adapter")
             return
@@ -308,6 +310,7 @@ class TestNumItemsInBatch:
 
     def test_in_sft_trainer(self, tmp_path):
         """Which has to be told to take the model's own loss."""
+        trl = pytest.importorskip("trl", reason="TRL is not in the environments of older versions")
 
         class OfTheModel(trl.SFTTrainer):
             compute_loss = Trainer.compute_loss

@@ -11,7 +11,7 @@ import torch
 from overtone.lab.edit.batched_lora import BatchedLora
 from overtone.lab.edit.cached_ft import CachedDownProjection
 from overtone.lab.edit.weights import open_down_projection, open_lora
-from overtone.lab.model.answers import begins_with, normalised
+from overtone.lab.model.answers import begins_with, is_settled, normalised
 from overtone.lab.model.completion import complete
 from overtone.lab.score.batched import examine_many, score_many
 from overtone.lab.score.completions import say_many
@@ -160,6 +160,37 @@ def test_what_edited_models_say_comes_from_each_edits_own_weights(method, tokens
 )
 def test_a_completion_begins_with_an_answer_as_whole_words(completion, answers, expected):
     assert begins_with(completion, answers) is expected
+
+
+@pytest.mark.parametrize("answers", [("the Paris Commune", "Lyon"), ("New York", "New York City"), ("A B", "an")])
+def test_a_completion_is_settled_once_nothing_that_follows_can_change_the_verdict(answers):
+    texts = [
+        "The Paris, commune!",
+        "paris communes",
+        "the LYON and",
+        "An apple",
+        "New Yorker",
+        "new york, city of",
+        "a b",
+    ]
+    for text in texts:
+        for end in range(len(text) + 1):
+            if is_settled(text[:end], answers):
+                verdict = begins_with(text[:end], answers)
+                assert all(begins_with(text[:end] + rest, answers) is verdict for rest in (text[end:], "", "x", " x"))
+    assert not is_settled("", answers)
+    assert is_settled("Rome", answers)
+
+
+def test_a_batch_is_completed_only_until_its_verdicts_are_settled():
+    (model, said), tokenizer, edit = speaking_model(), mini_lab.tokenizer(), mini_lab.edit()
+    prompts, passes = [edit.prompt] * 2, []
+    model.register_forward_pre_hook(lambda *_: passes.append(None))
+    wrong, right = ["milk milk milk"], [said[0]]
+    assert complete(model, tokenizer, prompts, 9, answers=[wrong, wrong]) == [said[0]] * 2
+    assert len(passes) == 1
+    assert complete(model, tokenizer, prompts, 9, answers=[wrong, right]) == [said[0], " ".join(said)]
+    assert len(passes) == 1 + 2
 
 
 def test_an_answer_without_words_is_refused():

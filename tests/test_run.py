@@ -357,7 +357,7 @@ class TestSharedPasses:
     def test_knows_is_what_generation_begins_with_as_normalised_text(self, model):
         source = NamedModel(model)
         workplace = source.open(MiniCorpus(), 0).workplace
-        (said,) = complete(workplace.model, workplace.tokenizer, [mini_lab.edit().prompt], 1)
+        (said,) = complete(workplace.model, workplace.tokenizer, [mini_lab.edit().prompt], 2)
         known = dataclasses.replace(mini_lab.edit(), target_old=f" The {said.upper()}")
         unknown = dataclasses.replace(mini_lab.edit(), target_old=" tea" if said != "tea" else " milk")
         unnamed = dataclasses.replace(mini_lab.edit(), target_old="")

@@ -9,6 +9,8 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
+_ARTICLES = ("a", "an", "the")
+
 
 def normalised(text: str) -> str:
     """The words of a text: small letters without accents and punctuation, single spaces between them."""
@@ -34,5 +36,13 @@ def begins_with(completion: str, answers: Iterable[str]) -> bool:
     return False
 
 
+def is_settled(completion: str, answers: Iterable[str]) -> bool:
+    """Whether `begins_with` says the same of every completion that goes on from this one."""
+    said = _without_article(normalised(completion))
+    if any(article.startswith(said) for article in _ARTICLES):
+        return False
+    return not any(_without_article(normalised(answer)).startswith(said) for answer in answers)
+
+
 def _without_article(words: str) -> str:
-    return re.sub(r"^(a|an|the) (?=.)", "", words)
+    return re.sub(rf"^({'|'.join(_ARTICLES)}) (?=.)", "", words)
