@@ -3,6 +3,7 @@
 The stand-ins have the names and arguments that the frameworks call with, in the versions of docs/frameworks.md.
 """
 
+import copy
 import importlib
 import sys
 from types import ModuleType, SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from datasets import Dataset
 from tiny_trainer import Gradients, arguments, rows, word_tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer
+from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from overtone import OverToneConfig, overtone_loss
@@ -72,6 +73,8 @@ class TestSettings:
             ("overtone:dynamic=false", ValueError, "dynamic"),
             ({"lambda": 0.1}, ValueError, "lambda"),
             ("overtone:lam=2", ValueError, "lam"),
+            ("overtone:anchor=1", ValueError, "anchor 0, got 1"),
+            (OverToneConfig(anchor=0.5), ValueError, "anchor 0, got 0.5"),
         ],
     )
     def test_what_cannot_be(self, value, error, message):
@@ -215,6 +218,18 @@ class TestTrl:
         with pytest.raises(ValueError, match="Gemma2ForCausalLM"):
             sft_trainer(tmp_path, OverToneSFTTrainer, model=model)
 
+    def test_a_parent_that_does_without_the_fused_head_is_refused(self, tmp_path):
+        """It would train on a loss of its own."""
+
+        class OfTheModel(SFTTrainer):
+            compute_loss = Trainer.compute_loss
+
+        class Mixed(OverToneMixin, OfTheModel):
+            pass
+
+        with pytest.raises(ValueError, match="fused_lm_head must be True"):
+            sft_trainer(tmp_path, Mixed).train()
+
     def test_weights_of_tokens_are_refused(self, tmp_path):
         """SFTTrainer's forward would drop them without a word."""
         trainer = sft_trainer(tmp_path, OverToneSFTTrainer)
@@ -247,6 +262,39 @@ class TestCallback:
         assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
         torch.testing.assert_close(list(recorder.values.values()), list(wanted), rtol=1e-4, atol=1e-5)
         assert torch.equal(model(**inputs).loss, before)
+        assert type(model).forward is type(tiny_models.build()).forward
+
+    def test_anchor_is_measured_against_the_reference(self, tmp_path):
+        """At the unedited model nothing has moved: the anchored term is its clip."""
+        model = tiny_models.build()
+        inputs = tiny_models.ragged_batch(model, (7,))
+        inputs["labels"][:, :3] = -100
+        settings = OverToneCallback({"anchor": 2, "anchor_epsilon": 0.25}, reference=copy.deepcopy(model))
+        trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(inputs), callbacks=[settings])
+        trainer.train()
+        logits = settings.arguments["reference"](inputs["input_ids"]).logits
+        expected = literal(logits, inputs["labels"]).item() + 2 * 0.25
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+    def test_training_again_after_an_error(self, tmp_path):
+        """The model has its own loss afterwards."""
+        model = tiny_models.build()
+        inputs = tiny_models.ragged_batch(model, (7,))
+
+        class FailsOnce(TrainerCallback):
+            has_failed = False
+
+            def on_step_end(self, *_, **__):
+                if not self.has_failed:
+                    self.has_failed = True
+                    raise ZeroDivisionError
+
+        callbacks = [OverToneCallback({"epsilon": 99}), FailsOnce()]
+        trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(inputs), callbacks=callbacks)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+        trainer.train()
+        assert model(**inputs).loss < 99
         assert type(model).forward is type(tiny_models.build()).forward
 
     def test_another_loss_in_the_trainer_is_refused(self, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from overtone.lab.edit.batched_lora import BatchedLora
 from overtone.lab.edit.cached_ft import CachedDownProjection
 from overtone.lab.edit.weights import open_down_projection, open_lora
-from overtone.lab.model.answers import begins_with, is_settled, normalised
+from overtone.lab.model.answers import begins_with, is_decided, normalised
 from overtone.lab.model.completion import complete
 from overtone.lab.score.batched import examine_many, score_many
 from overtone.lab.score.completions import say_many
@@ -163,7 +163,7 @@ def test_a_completion_begins_with_an_answer_as_whole_words(completion, answers, 
 
 
 @pytest.mark.parametrize("answers", [("the Paris Commune", "Lyon"), ("New York", "New York City"), ("A B", "an")])
-def test_a_completion_is_settled_once_nothing_that_follows_can_change_the_verdict(answers):
+def test_a_completion_is_decided_once_nothing_that_follows_can_change_the_verdict(answers):
     texts = [
         "The Paris, commune!",
         "paris communes",
@@ -175,14 +175,14 @@ def test_a_completion_is_settled_once_nothing_that_follows_can_change_the_verdic
     ]
     for text in texts:
         for end in range(len(text) + 1):
-            if is_settled(text[:end], answers):
+            if is_decided(text[:end], answers):
                 verdict = begins_with(text[:end], answers)
                 assert all(begins_with(text[:end] + rest, answers) is verdict for rest in (text[end:], "", "x", " x"))
-    assert not is_settled("", answers)
-    assert is_settled("Rome", answers)
+    assert not is_decided("", answers)
+    assert is_decided("Rome", answers)
 
 
-def test_a_batch_is_completed_only_until_its_verdicts_are_settled():
+def test_a_batch_is_completed_only_until_its_verdicts_are_decided():
     (model, said), tokenizer, edit = speaking_model(), mini_lab.tokenizer(), mini_lab.edit()
     prompts, passes = [edit.prompt] * 2, []
     model.register_forward_pre_hook(lambda *_: passes.append(None))
@@ -194,8 +194,17 @@ def test_a_batch_is_completed_only_until_its_verdicts_are_settled():
 
 
 def test_an_answer_without_words_is_refused():
-    with pytest.raises(ValueError, match="no word"):
+    with pytest.raises(ValueError, match=r"answers must have a word .* got \['...'\]"):
         begins_with("Paris", ("...",))
+
+
+@pytest.mark.parametrize("said", ["India", "Bharat"])
+def test_an_alias_without_words_is_no_way_to_answer(said):
+    """Wikidata's aliases of countries have their flags among them."""
+    answers = ("India", "\U0001f1ee\U0001f1f3", "Bharat")
+    assert begins_with(f"{said}, since 1947", answers)
+    assert not begins_with("\U0001f1ee\U0001f1f3", answers)
+    assert is_decided("Nepal", answers)
 
 
 def test_normalised_text_keeps_words_alone():

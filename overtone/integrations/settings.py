@@ -12,20 +12,30 @@ Settings: TypeAlias = OverToneConfig | str | Mapping[str, Any] | None
 """What an adapter takes; see `read_settings`."""
 
 
-def read_settings(value: Settings) -> OverToneConfig:
+def read_settings(value: Settings, *, takes_anchor: bool = False) -> OverToneConfig:
     """The settings that a framework's configuration names.
 
     Args:
         value: None for the defaults; an `OverToneConfig`; ``"overtone:lam=0.5+hold=settled"`` or
             ``"overtone_recommended"``, in the grammar of `overtone.token_loss`, whose fields left out are those of the
             method "lora"; or a mapping with the fields, and the name if it is not overtone.
+        takes_anchor: whether the adapter has an unedited model.
 
     Raises:
-        ValueError: for another loss, a field that there is not, or a value out of range.
+        ValueError: for another loss, a field that there is not, a value out of range, or an anchor where there is
+            nothing to measure it against.
         TypeError: for another type.
     """
-    if value is None or isinstance(value, OverToneConfig):
-        return value or OverToneConfig()
+    config = value or OverToneConfig() if value is None or isinstance(value, OverToneConfig) else _parsed(value)
+    if config.anchor and not takes_anchor:
+        raise ValueError(
+            f"settings must have anchor 0, got {config.anchor:g}: this framework gives the loss no unedited model; use "
+            "overtone.huggingface.attach(model, config, reference=...), or OverToneCallback, which calls it"
+        )
+    return config
+
+
+def _parsed(value: str | Mapping[str, Any]) -> OverToneConfig:
     if isinstance(value, Mapping):
         value = {"name": "overtone", **value}
     elif not isinstance(value, str):

@@ -54,6 +54,7 @@ class OverToneMixin:
             return outputs
 
         result = parent.compute_loss(forward, inputs, return_outputs, **others)
+        require({"fused_lm_head": bool(sums)}, fused_lm_head=True)  # which another parent may not ask the model for
         loss, *outputs = result if return_outputs else (result,)
         loss = without_effect(loss) if self._is_held else loss
         return (loss, *outputs) if return_outputs else loss

@@ -21,22 +21,21 @@ def normalised(text: str) -> str:
 def begins_with(completion: str, answers: Iterable[str]) -> bool:
     """Whether the words of a completion begin with all words of one of the answers.
 
-    An article before the completion or the answer is free, as in SQuAD's measure.
+    An article before the completion or the answer is free, as in SQuAD's measure. An answer without a word, such as a
+    flag among the aliases of a country, is no way to answer.
 
     Raises:
-        ValueError: an answer has no word.
+        ValueError: no answer has a word.
     """
+    given = list(answers)
+    known = [words for answer in given if (words := _without_article(normalised(answer)))]
+    if not known:
+        raise ValueError(f"answers must have a word that a completion could begin with, got {given}")
     said = _without_article(normalised(completion)) + " "
-    for answer in answers:
-        words = _without_article(normalised(answer))
-        if not words:
-            raise ValueError(f"answer {answer!r} has no word that a completion could begin with")
-        if said.startswith(words + " "):
-            return True
-    return False
+    return any(said.startswith(words + " ") for words in known)
 
 
-def is_settled(completion: str, answers: Iterable[str]) -> bool:
+def is_decided(completion: str, answers: Iterable[str]) -> bool:
     """Whether `begins_with` says the same of every completion that goes on from this one."""
     said = _without_article(normalised(completion))
     if any(article.startswith(said) for article in _ARTICLES):

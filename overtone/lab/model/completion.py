@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from overtone.lab.data.edit import Probe
-from overtone.lab.model.answers import is_settled
+from overtone.lab.model.answers import is_decided
 
 MORE_TOKENS = 4
 """For an article, a quotation mark, or an answer in other tokens than the tokenizer's."""
@@ -37,7 +37,7 @@ def complete(
         prompts: what to complete.
         max_new_tokens: how far completions go.
         temperature: of the sampling.
-        answers: of each prompt; its completion also ends once it is settled whether it begins with one of them.
+        answers: of each prompt; its completion also ends once it is decided whether it begins with one of them.
     """
     side = tokenizer.padding_side
     tokenizer.padding_side = "left"
@@ -49,20 +49,20 @@ def complete(
     if temperature is not None:
         decoding = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     prompt_length = inputs["input_ids"].shape[1]
-    settled = [] if answers is None else [_Settled(tokenizer, prompt_length, answers)]
+    stops = [] if answers is None else [_Decided(tokenizer, prompt_length, answers)]
     generated = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
         **decoding,
-        stopping_criteria=StoppingCriteriaList(settled),
+        stopping_criteria=StoppingCriteriaList(stops),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     return [text.strip() for text in tokenizer.batch_decode(generated[:, prompt_length:], skip_special_tokens=True)]
 
 
-class _Settled(StoppingCriteria):  # type: ignore[misc]
+class _Decided(StoppingCriteria):  # type: ignore[misc]
     def __init__(self, tokenizer: Any, prompt_length: int, answers: Sequence[Sequence[str]]) -> None:
         self._tokenizer = tokenizer
         self._prompt_length = prompt_length
@@ -70,7 +70,7 @@ class _Settled(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         said = self._tokenizer.batch_decode(input_ids[:, self._prompt_length :], skip_special_tokens=True)
-        return torch.tensor(list(map(is_settled, said, self._answers)), device=input_ids.device)
+        return torch.tensor(list(map(is_decided, said, self._answers)), device=input_ids.device)
 
 
 def complete_for(model: Any, tokenizer: Any, probes: Sequence[Probe]) -> list[str]:
