@@ -91,8 +91,8 @@ def _add_bench(commands: Subcommands) -> None:
         epilog="A loss is name or name:field=value+field=value, for example cross_entropy:hold=0.3 (early stopping), "
         "cross_entropy:hold=correct, label_smoothing, overtone:hold=settled, overtone_recommended (our settings for "
         "each method), overtone:hold=0.1+lam=0.5, overtone:n_sigma=none, overtone:check=false, overtone:epsilon=0, "
-        "overtone:lam=1, overtone:dynamic=false (the target of the model before the edit), overtone:anchor=1 (the edit's "
-        "prompt stays as the model continued it before; cross_entropy:anchor=1 too), dft, gem, eaft.",
+        "overtone:lam=1, overtone:dynamic=false (the target of the model before the edit), overtone:anchor=1 (the "
+        "edit's prompt stays as the model continued it; cross_entropy:anchor=1 too), dft, gem, eaft.",
     )
     parser.add_argument(
         "--preset",

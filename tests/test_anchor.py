@@ -118,6 +118,14 @@ class TestValue:
         assert all(less < more + 1e-12 for less, more in itertools.pairwise(found))
         torch.testing.assert_close(found[-2], found[-1])  # one token alone in its class
 
+    def test_top_k_where_all_others_are_banned(self):
+        """Of two tokens that are left the gradient is pi - pi_0, and 0 of the others."""
+        before, logits = torch.full((2, 1, 9), -math.inf, dtype=torch.float64)
+        before[0, :2], logits[0, :2] = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.0])
+        anchors = Anchors.record(before, torch.ones(1, dtype=torch.bool), top_k=2)
+        _, gradient = value_and_gradient(overtone_loss, logits, torch.tensor([-100]), anchors=anchors, anchor=1.0)
+        torch.testing.assert_close(gradient, logits.softmax(1) - before.softmax(1))
+
     def test_groups_have_means_of_their_own(self):
         logits, before, labels = call()
         groups = two_groups(before)
@@ -203,10 +211,10 @@ class TestValue:
         logits, before, labels = call(torch.float16)
         anchors = Anchors.record(before, PROMPT)
         leaf = logits.clone().requires_grad_()
-        (overtone_loss(leaf, labels, anchors=anchors, anchor=1e-4, anchor_epsilon=0.0) * 2.0**16).backward()
+        (overtone_loss(leaf, labels, anchors=anchors, anchor=1e-4, anchor_epsilon=0.0) * 2.0**24).backward()
         difference = logits[PROMPT].double().softmax(-1) - anchors.log_probs.double().exp()
-        expected = difference * (1e-4 / 4 * 2.0**16)
-        torch.testing.assert_close(leaf.grad[PROMPT].double(), expected, rtol=2e-3, atol=1e-7)
+        expected = difference * (1e-4 / 4 * 2.0**24)
+        torch.testing.assert_close(leaf.grad[PROMPT].double(), expected, rtol=2e-3, atol=1e-6)
 
 
 def one_by_one(anchors):

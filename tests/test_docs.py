@@ -140,7 +140,7 @@ class TestNames:
     def test_every_printed_loss_can_be_read(self):
         """Whatever a page writes as name:field=value is a loss."""
         printed = re.findall(
-            rf"\b(?:{'|'.join(NAMED_LOSSES)}):\w+=[^`\s|]*", "".join(page.read_text() for page in PAGES)
+            rf"\b(?:{'|'.join(NAMED_LOSSES)}):\w+=[^`\s|\"')}}]*", "".join(page.read_text() for page in PAGES)
         )
         assert len(printed) > 20
         for text in printed:

@@ -21,6 +21,7 @@ from overtone import OverToneConfig, overtone_loss
 from overtone.huggingface import compute_loss_func
 from overtone.integrations.callback import OverToneCallback
 from overtone.integrations.litgpt import loss_of
+from overtone.integrations.module import loss_module
 from overtone.integrations.ms_swift import register
 from overtone.integrations.settings import read_settings
 from overtone.integrations.trl import OverToneMixin
@@ -235,6 +236,13 @@ class TestTrl:
         ids = torch.tensor([[3, 4, 5]])
         with pytest.raises(ValueError, match="loss_mask must be None"):
             trainer.compute_loss(trainer.model, {"input_ids": ids, "labels": ids, "loss_mask": torch.ones(1, 3)})
+
+    def test_sharded_model_is_refused(self, tmp_path):
+        """Its output layer is not all here; DeepSpeed's ZeRO-3 marks parameters so when training begins."""
+        trainer = sft_trainer(tmp_path, OverToneSFTTrainer)
+        trainer.model.lm_head.weight.ds_id = 0
+        with pytest.raises(ValueError, match="model must not be sharded, got one with DeepSpeed"):
+            trainer.compute_loss(trainer.model, {})
 
 
 class TestCallback:
@@ -505,3 +513,45 @@ class TestAxolotl:
         plugin.register({"overtone": "overtone", "cut_cross_entropy": False, "context_parallel_size": 1, "rl": None})
         with pytest.raises(ValueError, match=name):
             plugin.register({"overtone": "overtone", name: value})
+
+
+class TestLoops:
+    def test_held_step_ends_a_loop_under_accelerate(self):
+        """Its gradients are None, the weights stay."""
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True)
+        model = torch.nn.Linear(4, 5)
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+        before = model.weight.detach().clone()
+        loss = overtone_loss(model(torch.ones(2, 4)), torch.tensor([1, 2]), **ALWAYS_HELD)
+        accelerator.backward(loss)
+        assert [parameter.grad for parameter in model.parameters()] == [None, None]
+        optimizer.step()
+        assert torch.equal(model.weight, before)
+
+    @pytest.mark.parametrize("is_left_out", [True, False])
+    def test_gradient_scaler_wants_a_held_step_left_out(self, is_left_out):
+        """As the page says: torch raises in a step without gradients; one that is left out disturbs nothing."""
+        model = torch.nn.Linear(4, 5)
+        optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+        inputs, labels = torch.ones(2, 4), torch.tensor([1, 2])
+        scaler.scale(overtone_loss(model(inputs), labels, **ALWAYS_HELD)).backward()
+        if not is_left_out:
+            with pytest.raises(AssertionError):
+                scaler.step(optimizer)
+            return
+        before = model.weight.detach().clone()
+        scaler.scale(overtone_loss(model(inputs), labels)).backward()
+        scaler.step(optimizer)
+        assert not torch.equal(model.weight, before)
+
+
+class TestModule:
+    def test_settings_of_a_file(self, batch):
+        """torchtune builds it from plain values, reads ignore_index and calls it with flat logits."""
+        logits, labels = batch
+        module = loss_module(settings={"lam": 0.5})
+        flat = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=module.ignore_index).flatten()
+        torch.testing.assert_close(module(logits.flatten(0, 1), flat), literal(logits, labels, lam=0.5))
+        assert loss_module("overtone:hold=settled", reduction="sum").reduction == "sum"

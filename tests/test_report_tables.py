@@ -10,7 +10,7 @@ from result_records import record, results_of, scores, sequence, singles
 
 from overtone.lab.report import tables
 from overtone.lab.report.blocks import editing_blocks
-from overtone.lab.report.tables import BEST_BASELINE, BEST_STOP, FULL_LOSS, resampled_units
+from overtone.lab.report.tables import ANCHORED, BEST_BASELINE, BEST_STOP, FULL_LOSS, resampled_units
 
 TO_BASELINE, TO_STOP = f"difference to {BEST_BASELINE}", f"difference to {BEST_STOP}"
 STOP, LATE_STOP = "cross_entropy:hold=0.1", "cross_entropy:hold=0.3"
@@ -82,6 +82,20 @@ class TestEditingTable:
         assert row(table, "cross_entropy")[TO_BASELINE] == pytest.approx(-0.4)
         assert math.isnan(row(table, STOP)[TO_BASELINE]), "the reference is not compared to itself"
         assert row(table, STOP)[TO_STOP] == pytest.approx(-0.2)
+
+    def test_an_anchored_cross_entropy_is_a_rival_of_its_own(self):
+        """What the loss adds is the difference to it; it is no threshold of early stopping."""
+        table = editing_table(
+            [
+                *singles([0.4, 0.6], loss=STOP),
+                *singles([0.5, 0.5], loss="cross_entropy:anchor=1"),
+                *singles([0.6, 0.6], loss="cross_entropy:hold=0.1+anchor=1"),
+                *singles([0.9, 0.8], loss="overtone:anchor=1"),
+            ]
+        )
+        ours = row(table, "overtone:anchor=1")
+        assert (ours[BEST_STOP], ours[ANCHORED]) == (STOP, "cross_entropy:hold=0.1+anchor=1")
+        assert ours[f"difference to {ANCHORED}"] == pytest.approx(0.25)
 
     def test_edits_are_paired_whatever_their_order(self):
         table = editing_table([*singles([0.0, 0.5, 1.0]), *reversed(singles([0.1, 0.6, 1.1], loss="overtone"))])

@@ -34,3 +34,8 @@ THRESHOLDS = tuple(f"cross_entropy:hold={nats}" for nats in (0.01, 0.05, 0.1, 0.
 def is_early_stopping(loss: str) -> bool:
     """Whether a spec is cross-entropy that ends at some threshold."""
     return re.fullmatch(r"cross_entropy:hold=[\d.e-]+", loss) is not None
+
+
+def is_anchored_cross_entropy(loss: str) -> bool:
+    """Whether a spec is cross-entropy beside the anchor, which says what of a difference is due to the loss itself."""
+    return loss.startswith("cross_entropy:") and re.search(r"\banchor=", loss) is not None

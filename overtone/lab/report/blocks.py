@@ -14,6 +14,7 @@ from overtone.lab.report.cells import COLUMNS, Column, signed
 from overtone.lab.report.frame import BLOCK
 from overtone.lab.report.overall import EVERY_THRESHOLD, ONE_THRESHOLD
 from overtone.lab.report.tables import (
+    ANCHORED,
     AVERAGE,
     BEST_BASELINE,
     BEST_STOP,
@@ -92,7 +93,9 @@ def _block(where: Sequence[Any], table: pd.DataFrame, columns: Mapping[str, Colu
     data, length, method, settings = where
     own = table[table["source"] == "this run"]
     shown = {name: column for name, column in columns.items() if name in own and own[name].notna().any()}
-    rivals = [name for name in (BEST_BASELINE, BEST_STOP, FULL_LOSS) if name in own and own[name].notna().any()]
+    rivals = [
+        name for name in (BEST_BASELINE, BEST_STOP, ANCHORED, FULL_LOSS) if name in own and own[name].notna().any()
+    ]
     head = ["Loss", *(column.heading for column in shown.values()), *(f"Difference to {name}" for name in rivals)]
     return Block(
         data_title(data),
@@ -119,6 +122,8 @@ def _about(table: pd.DataFrame) -> Any:
         tried = sum(map(is_early_stopping, table["loss"]))
         of_how_many = f"the best of {tried} thresholds" if tried > 1 else "the only threshold here"
         yield f"best early stopping: {loss_title(first[BEST_STOP])}, {of_how_many}"
+    if ANCHORED in table and pd.notna(first[ANCHORED]):
+        yield f"anchored cross-entropy: {loss_title(first[ANCHORED])}"
     if units < ENOUGH_UNITS or (first["length"] > 1 and first["resampled"] == "edits"):
         yield "too few independent edits or sequences for intervals to be trusted, so nothing is bold"
 

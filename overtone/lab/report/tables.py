@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from overtone.lab.edit.compared import ABLATIONS, BASELINES, is_early_stopping
+from overtone.lab.edit.compared import ABLATIONS, BASELINES, is_anchored_cross_entropy, is_early_stopping
 from overtone.lab.report.frame import ACCURACIES, BLOCK
 from overtone.lab.report.paper import PaperRows, ablation_rows, editing_rows, question_rows
 from overtone.lab.report.statistics import Estimate, bootstrap_difference, bootstrap_mean
@@ -20,7 +20,8 @@ from overtone.lab.report.statistics import Estimate, bootstrap_difference, boots
 AVERAGE = "average"
 """The measure whose differences are taken."""
 
-BEST_BASELINE, BEST_STOP, FULL_LOSS = "best baseline", "best early stopping", "OverTone"
+BEST_BASELINE, BEST_STOP, ANCHORED = "best baseline", "best early stopping", "anchored cross-entropy"
+FULL_LOSS = "OverTone"
 """What a row is compared to."""
 
 FEWEST_SEQUENCES = 3
@@ -53,11 +54,15 @@ Rivals = Mapping[str, Callable[[str], bool]]
 """What a row is compared to: the best, by its average, of the losses that are candidates."""
 
 
-_RIVALS: Rivals = {BEST_BASELINE: lambda loss: loss in BASELINES, BEST_STOP: is_early_stopping}
+_RIVALS: Rivals = {
+    BEST_BASELINE: lambda loss: loss in BASELINES,
+    BEST_STOP: is_early_stopping,
+    ANCHORED: is_anchored_cross_entropy,
+}
 
 
 def editing_table(edits: pd.DataFrame) -> pd.DataFrame:
-    """Table 1: every loss against the best baseline and against the best early stop of its block."""
+    """Table 1: every loss against the best baseline, the best early stop and the best anchored cross-entropy."""
     return _table(edits, MEASURES, _RIVALS, editing_rows)
 
 
