@@ -101,9 +101,8 @@ def overtone_loss(
 
                 targets' loss + anchor * sum over groups of weight * mean of max(KL(pi_0 || pi), anchor_epsilon)
 
-            (sums for reduction "sum"), a group without positions counts 0, and a call is held only once, besides, the
-            mean KL of every group, before the clip, is at or below anchor_epsilon; on several ranks, of each rank's
-            groups.
+            (sums for reduction "sum"), and a group without positions counts 0. A hold also waits until the mean KL of
+            every group, before the clip, is at or below anchor_epsilon; on several ranks, of each rank's groups.
         anchor: the weight of the anchored term; above 0 with anchors, 0 without.
         anchor_epsilon: in nats. An anchored position whose KL is below it has a gradient of exactly zero.
 

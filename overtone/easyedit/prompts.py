@@ -55,7 +55,7 @@ class Prompts:
         """How far the prompts of the last forward pass have moved.
 
         Args:
-            logits: ``(N, V)``, of all positions of its first texts, or of all but each text's last.
+            logits: ``(N, V)``, of all positions of its texts, or of all but the last of each of its first texts.
             is_target: ``(N,)``, the positions that predict a target token; None while that is not known, at the first
                 pass over a text, where nothing has moved.
 
