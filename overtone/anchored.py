@@ -18,6 +18,7 @@ from torch import Tensor
 
 from overtone.anchor import Anchors, log_rest, row_blocks
 from overtone.checks import working_dtype
+from overtone.derivatives import refuse_second_derivative
 from overtone.hold import is_settled
 from overtone.torch_state import is_transformed
 
@@ -172,9 +173,13 @@ class _AnchoredLogits(torch.autograd.Function):
             return grad_logits, None, None
         if grad_logits is None:
             grad_logits = torch.zeros_like(logits)
+        elif torch.is_grad_enabled():
+            grad_logits = grad_logits.clone()
         factor = grad_loss * (ctx.largest / ctx.scale)
         for block in row_blocks(len(numbers), logits):
             weighted = gradient[block].to(factor.dtype) * factor
-            # In place: what comes from the targets belongs to nobody else, and refuses second derivatives.
+            # In place: what comes from the targets belongs to nobody else, and in a graph of gradients it is a copy.
             grad_logits.index_add_(0, numbers[block], weighted.to(logits.dtype))
+        if torch.is_grad_enabled():  # the targets' loss may be torch's own, which has a second derivative
+            grad_logits = refuse_second_derivative(grad_logits, logits)
         return grad_logits, None, None

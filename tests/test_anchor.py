@@ -244,10 +244,13 @@ class TestDerivatives:
         inputs = tuple(tensor.requires_grad_() for tensor in (hidden, weight, bias))
         assert torch.autograd.gradcheck(lambda h, w, b: linear_overtone_loss(h, w, labels, bias=b, **settings), inputs)
 
-    def test_second_derivative_is_refused(self):
+    @pytest.mark.parametrize("is_dynamic", [True, False])
+    def test_second_derivative_is_refused(self, is_dynamic):
+        """Also beside targets whose loss has one, as with the unedited model's logits: the term's would be left out."""
         logits, before, labels = call()
-        leaf = logits.requires_grad_()
-        loss = overtone_loss(leaf, labels, anchors=Anchors.record(before, PROMPT), anchor=1.0)
+        leaf, reference = logits.requires_grad_(), None if is_dynamic else before
+        anchors = Anchors.record(before, PROMPT)
+        loss = overtone_loss(leaf, labels, anchors=anchors, anchor=1.0, reference_logits=reference)
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
         assert gradient[PROMPT].any()
         with pytest.raises(RuntimeError, match="second derivative"):
