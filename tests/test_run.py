@@ -545,6 +545,7 @@ class TestMistakes:
             (("--losses", "focal"), "unknown loss 'focal'"),
             (("--methods", ","), "methods is empty"),
             (("--workers", "0"), "workers must be at least 1, got 0"),
+            (("--at-once", "0"), "at_once must be at least 1, got 0"),
             (("--lengths", "100", "--data", "long"), "from 1 to 44"),
             (("--zsre", "nowhere.json"), "nowhere.json"),
             (("--model", "./nowhere"), "model './nowhere' cannot be loaded"),

@@ -62,7 +62,8 @@ class RunSettings:
     @property
     def sharing(self) -> int:
         """How many edits share a pass."""
-        return self.at_once or (1 if self.model is None else 8)
+        by_default = 1 if self.model is None else 8
+        return by_default if self.at_once is None else self.at_once
 
 
 _BEYOND_THE_PAPER = ("overtone:lam=0.5+hold=correct,0.1", "overtone:lam=0.5+hold=correct,0.2")
