@@ -75,7 +75,7 @@ class AnchoredRows(NamedTuple):
 def anchored_rows(groups: tuple[Anchors, ...], anchor: float, anchor_epsilon: float, reduction: str) -> AnchoredRows:
     """The rows of checked groups; arguments as in `overtone.overtone_loss`."""
     counts = [max(1, len(group)) if reduction == "mean" else 1 for group in groups]
-    factors = tuple(anchor * group.weight / count for group, count in zip(groups, counts, strict=True))
+    factors = tuple(anchor * group.group_weight / count for group, count in zip(groups, counts, strict=True))
     return AnchoredRows(groups, factors, float(anchor_epsilon))
 
 

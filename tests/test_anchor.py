@@ -47,7 +47,7 @@ def two_groups(before, top_k=None):
     first, second = PROMPT.clone(), PROMPT.clone()
     first[0, 0] = False
     second[0, 1] = False
-    return [Anchors.record(before, first, top_k=top_k), Anchors.record(before, second, top_k=top_k, weight=1 / 3)]
+    return [Anchors.record(before, first, top_k=top_k), Anchors.record(before, second, top_k=top_k, group_weight=1 / 3)]
 
 
 class TestValue:
@@ -365,9 +365,9 @@ class TestLayer:
     def test_record_is_that_of_the_logits(self, top_k):
         hidden, weight, bias, _, _ = layer(torch.float32)
         found = Anchors.record_hidden(hidden, weight, PROMPT, bias=bias, top_k=top_k, group_weight=2.0)
-        expected = Anchors.record(F.linear(hidden, weight, bias), PROMPT, top_k=top_k, weight=2.0)
+        expected = Anchors.record(F.linear(hidden, weight, bias), PROMPT, top_k=top_k, group_weight=2.0)
         torch.testing.assert_close(found.log_probs, expected.log_probs)
-        assert found.weight == expected.weight
+        assert found.group_weight == expected.group_weight
         assert (found.ids is None) if top_k is None else torch.equal(found.ids, expected.ids)
 
     def test_only_what_is_trained_has_a_gradient(self):
@@ -418,8 +418,8 @@ class TestRecord:
             ({"top_k": 0}, ValueError),
             ({"top_k": VOCABULARY}, ValueError),
             ({"top_k": 2.0}, TypeError),
-            ({"weight": -1.0}, ValueError),
-            ({"weight": math.nan}, ValueError),
+            ({"group_weight": -1.0}, ValueError),
+            ({"group_weight": math.nan}, ValueError),
         ],
     )
     def test_bad_input_is_named(self, change, error):
@@ -522,7 +522,7 @@ class TestHold:
     def test_waits_for_every_group(self, loss, hold, fitted):
         logits, labels = fitted
         _, before, _ = call()
-        near, far = Anchors.record(logits, PROMPT), Anchors.record(before, PROMPT, weight=0.0)
+        near, far = Anchors.record(logits, PROMPT), Anchors.record(before, PROMPT, group_weight=0.0)
         assert is_held(loss, logits, labels, hold=hold)
         assert is_held(loss, logits, labels, hold=hold, anchors=near, anchor=1.0)
         assert not is_held(loss, logits, labels, hold=hold, anchors=[near, far], anchor=1.0)
