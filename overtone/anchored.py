@@ -18,6 +18,7 @@ from torch import Tensor
 
 from overtone.anchor import Anchors, log_rest, row_blocks
 from overtone.checks import working_dtype
+from overtone.derivatives import refuse_second_derivative
 from overtone.hold import is_settled
 from overtone.torch_state import is_transformed
 
@@ -65,7 +66,8 @@ class AnchoredRows(NamedTuple):
         loss, moved = kl.new_zeros(()), torch.zeros((), dtype=torch.int64, device=kl.device)
         for of_group, factor in zip(kl.split([len(group) for group in self.groups]), self.factors, strict=True):
             clipped = of_group.masked_fill(is_settled(of_group, self.epsilon, None), self.epsilon)
-            loss = loss + factor * clipped.sum()
+            if factor:  # 0 times infinity would be NaN
+                loss = loss + factor * clipped.sum()
             if len(of_group):
                 moved = moved + ~(of_group.detach().mean() <= self.epsilon)  # NaN has moved
         return AnchoredTerm(loss, moved)
@@ -175,6 +177,8 @@ class _AnchoredLogits(torch.autograd.Function):
         factor = grad_loss * (ctx.largest / ctx.scale)
         for block in row_blocks(len(numbers), logits):
             weighted = gradient[block].to(factor.dtype) * factor
-            # In place: what comes from the targets belongs to nobody else, and refuses second derivatives.
+            # In place: what comes from the targets belongs to nobody else.
             grad_logits.index_add_(0, numbers[block], weighted.to(logits.dtype))
+        if torch.is_grad_enabled():  # the targets' own gradient may have a derivative, the term's is a constant
+            grad_logits = refuse_second_derivative(grad_logits, logits)
         return grad_logits, None, None
