@@ -42,20 +42,20 @@ class Anchors:
             tokens in ids and, last, of all others together. The KL of these k + 1 classes is a lower bound of the full
             one (log-sum inequality).
         ids: ``(A, k)``, int64, for each position k different tokens; None for the whole vocabulary.
-        weight: of the group in the loss, 0 or above.
+        group_weight: of the group in the loss, 0 or above.
 
     Raises:
-        ValueError, TypeError: for shapes or types that do not fit together, or a weight out of range.
+        ValueError, TypeError: for shapes or types that do not fit together, or a group_weight out of range.
     """
 
     at: Tensor
     log_probs: Tensor
     ids: Tensor | None = None
-    weight: float = 1.0
+    group_weight: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise a ValueError or TypeError unless the parts fit together."""
-        check_number("weight", self.weight, "a finite number, 0 or above", lambda value: value >= 0)
+        check_number("group_weight", self.group_weight, "a finite number, 0 or above", lambda value: value >= 0)
         _check_positions(self.at)
         if not isinstance(self.log_probs, Tensor) or self.log_probs.dim() != 2:
             raise ValueError(f"log_probs must be a tensor (A, V) or (A, k + 1), got {_shape_of(self.log_probs)}")
@@ -73,14 +73,14 @@ class Anchors:
 
     @classmethod
     @torch.no_grad()
-    def record(cls, logits: Tensor, at: Tensor, *, top_k: int | None = None, weight: float = 1.0) -> Anchors:
+    def record(cls, logits: Tensor, at: Tensor, *, top_k: int | None = None, group_weight: float = 1.0) -> Anchors:
         """The distributions of the unedited model at some positions.
 
         Args:
             logits: ``(..., V)``, of the unedited model; detached.
             at: ``(...)``, bool, the positions that must stay.
             top_k: keep the k most probable tokens of each position and count the others as one; None keeps all V.
-            weight: as of `Anchors`.
+            group_weight: as of `Anchors`.
 
         Returns:
             Anchors with log-probabilities in float64 for float64 logits, else in float32.
@@ -91,7 +91,7 @@ class Anchors:
         rows = _rows_at("logits", logits, at)
         _check_top_k(top_k, logits.shape[-1])
         parts = [_most_probable(rows[block], top_k) for block in row_blocks(len(rows), rows)]
-        return cls(at.to(rows.device), *_joined(parts, rows, top_k), weight)
+        return cls(at.to(rows.device), *_joined(parts, rows, top_k), group_weight)
 
     @classmethod
     @torch.no_grad()
@@ -113,7 +113,7 @@ class Anchors:
             at: ``(...)``, bool, the positions that must stay.
             bias: ``(V,)`` or None.
             top_k: as in `record`; without it the log-probabilities ``(A, V)`` are as many as all their logits.
-            group_weight: the weight of `Anchors`.
+            group_weight: as of `Anchors`.
 
         Raises:
             ValueError, TypeError: as `record`.

@@ -76,7 +76,7 @@ class AnchoredRows(NamedTuple):
 def anchored_rows(groups: tuple[Anchors, ...], anchor: float, anchor_epsilon: float, reduction: str) -> AnchoredRows:
     """The rows of checked groups; arguments as in `overtone.overtone_loss`."""
     counts = [max(1, len(group)) if reduction == "mean" else 1 for group in groups]
-    factors = tuple(anchor * group.weight / count for group, count in zip(groups, counts, strict=True))
+    factors = tuple(anchor * group.group_weight / count for group, count in zip(groups, counts, strict=True))
     return AnchoredRows(groups, factors, float(anchor_epsilon))
 
 
@@ -174,11 +174,13 @@ class _AnchoredLogits(torch.autograd.Function):
             return grad_logits, None, None
         if grad_logits is None:
             grad_logits = torch.zeros_like(logits)
+        elif torch.is_grad_enabled():
+            grad_logits = grad_logits.clone()
         factor = grad_loss * (ctx.largest / ctx.scale)
         for block in row_blocks(len(numbers), logits):
             weighted = gradient[block].to(factor.dtype) * factor
-            # In place: what comes from the targets belongs to nobody else.
+            # In place: what comes from the targets belongs to nobody else, and in a graph of gradients it is a copy.
             grad_logits.index_add_(0, numbers[block], weighted.to(logits.dtype))
-        if torch.is_grad_enabled():  # the targets' own gradient may have a derivative, the term's is a constant
+        if torch.is_grad_enabled():  # the targets' loss may be torch's own, which has a second derivative
             grad_logits = refuse_second_derivative(grad_logits, logits)
         return grad_logits, None, None

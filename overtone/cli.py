@@ -126,7 +126,12 @@ def _add_grid(parser: argparse.ArgumentParser, *, out: str) -> None:
         help="by commas: lora, ft-m; with EasyEdit also easyedit-ft, easyedit-lora, easyedit-melo, easyedit-wise, "
         "rome, memit (default: lora,ft-m)",
     )
-    parser.add_argument("--lr", type=_rates, dest="lrs", help="by commas: learning rates, a grid each (default: 5e-3)")
+    parser.add_argument(
+        "--lr",
+        type=_rates,
+        dest="lrs",
+        help="by commas: learning rates to compare (default: 5e-3; for ft-m with --model 5e-4)",
+    )
     parser.add_argument("--steps", type=int, help="optimiser steps of an edit at most (default: lora 50, ft-m 25)")
     parser.add_argument("--layer", type=int, help="which block ft-m edits (default: two thirds up)")
     parser.add_argument("--rank", type=int, help="of lora's adapters (default: 8)")
@@ -147,7 +152,9 @@ def _add_grid(parser: argparse.ArgumentParser, *, out: str) -> None:
     parser.add_argument(
         "--only-known", action="store_true", default=None, help="edit only facts that the named model knows"
     )
-    parser.add_argument("--losses", nargs="+", help="by spaces; see overtone bench --help")
+    parser.add_argument(
+        "--losses", nargs="+", help="by spaces; the last lines of overtone bench --help say how a loss is written"
+    )
     parser.add_argument(
         "--edits",
         type=int,
@@ -198,9 +205,12 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _rates(text: str) -> tuple[float, ...]:
     try:
-        return tuple(map(float, _names(text)))
+        rates = tuple(map(float, _names(text)))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"numbers by commas are expected, got {text!r}") from None
+        rates = ()
+    if not rates:
+        raise argparse.ArgumentTypeError(f"numbers by commas are expected, got {text!r}")
+    return rates
 
 
 def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:

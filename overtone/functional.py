@@ -268,7 +268,7 @@ def reference_loss(
     for group in groups:
         own, unedited_log_probs = token_logits[group.at.reshape(-1)].to(kl.dtype), group.log_probs.to(kl.dtype)
         anchored = anchored_kl(own, unedited_log_probs, group.ids, anchor_epsilon).sum()
-        loss = loss + anchor * group.weight * anchored / (max(1, len(group)) if reduction == "mean" else 1)
+        loss = loss + anchor * group.group_weight * anchored / (max(1, len(group)) if reduction == "mean" else 1)
         distance = anchored_kl(own.detach(), unedited_log_probs, group.ids, epsilon=0)
         are_kept &= len(group) == 0 or bool(distance.mean() <= anchor_epsilon)
     if holding and loss.requires_grad and are_kept and _is_held(holding, kl[counted], epsilon, correct[counted]):

@@ -547,7 +547,7 @@ class TestMistakes:
             (("--workers", "0"), "workers must be at least 1, got 0"),
             (("--lengths", "100", "--data", "long"), "from 1 to 44"),
             (("--zsre", "nowhere.json"), "nowhere.json"),
-            (("--model", "./nowhere"), "nowhere"),
+            (("--model", "./nowhere"), "model './nowhere' cannot be loaded"),
         ],
     )
     def test_exit_code_2_and_a_message(self, tmp_path, capsys, arguments, message):
@@ -555,8 +555,16 @@ class TestMistakes:
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
-    def test_numbers_that_are_none(self, capsys):
+    @pytest.mark.parametrize(
+        ("option", "value", "message"),
+        [
+            ("--lengths", "1,ten", "whole numbers by commas are expected, got '1,ten'"),
+            ("--lr", "fast", "numbers by commas are expected, got 'fast'"),
+            ("--lr", ",", "numbers by commas are expected, got ','"),
+        ],
+    )
+    def test_numbers_that_are_none(self, capsys, option, value, message):
         with pytest.raises(SystemExit) as stopped:
-            cli.main(["bench", "--lengths", "1,ten"])
+            cli.main(["bench", option, value])
         assert stopped.value.code == 2
-        assert "whole numbers by commas are expected, got '1,ten'" in capsys.readouterr().err
+        assert f"argument {option}: {message}" in capsys.readouterr().err

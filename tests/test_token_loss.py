@@ -421,6 +421,14 @@ class TestAnchor:
     def test_holds_only_where_nothing_has_moved(self, spec, scale, held):
         assert self.mean(*self.step(f"{spec}+anchor=1", scale))[1] is held
 
+    def test_second_derivative_is_refused(self):
+        """That of cross-entropy alone would be taken for the whole one."""
+        loss, logits, labels, group = self.step("cross_entropy:anchor=3+anchor_epsilon=0")
+        value, _ = self.mean(loss, logits, labels, group)
+        (first,) = torch.autograd.grad(value, logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            first.sum().backward()
+
     @pytest.mark.parametrize("spec", ["overtone:anchor=1", "cross_entropy:anchor=1"])
     def test_is_not_left_out_in_silence(self, spec):
         loss, logits, labels, _ = self.step(spec)

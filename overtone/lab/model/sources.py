@@ -129,7 +129,13 @@ class NamedModel:
 
     @cached_property
     def _workplace(self) -> Workplace:
-        return Workplace.load(self.name, self.device, dtype=self.dtype)
+        try:
+            return Workplace.load(self.name, self.device, dtype=self.dtype)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model {self.name!r} cannot be loaded: {error}; a name on the hub, a folder with a model and its "
+                "tokenizer, or a .gguf file is expected"
+            ) from error
 
 
 def default_device() -> str:
