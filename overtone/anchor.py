@@ -26,6 +26,9 @@ BLOCK_ELEMENTS = 2**19
 DEVICE_BLOCK_ELEMENTS = 2**26
 """How many on other devices."""
 
+ROUNDING = 1e-2
+"""How far above 0 rounding may leave a log-probability."""
+
 
 @dataclass(frozen=True, eq=False)
 class Anchors:
@@ -59,11 +62,12 @@ class Anchors:
         if not self.log_probs.is_floating_point():
             raise ValueError(f"log_probs must be floating point, got {self.log_probs.dtype}")
         if self.ids is not None:
-            expected = (len(self.log_probs), self.log_probs.shape[1] - 1)
-            if self.ids.shape != expected or self.ids.dtype != torch.int64:
-                raise ValueError(
-                    f"ids must be int64 (A, k) for log_probs (A, k + 1), so {expected}, got {_shape_of(self.ids)}"
-                )
+            _check_ids(self.ids, self.log_probs)
+        if self.log_probs.numel() and self.log_probs.max() > ROUNDING:
+            raise ValueError(
+                f"log_probs must be 0 or below, got {self.log_probs.max():g}: these are logits, from which "
+                "Anchors.record makes log-probabilities"
+            )
         if (count := int(self.at.sum())) != len(self.log_probs):
             raise ValueError(f"log_probs must have a row for each of the {count} positions, got {len(self.log_probs)}")
 
@@ -227,6 +231,23 @@ def _check_positions(at: object) -> None:
         raise ValueError(f"at must be bool, True at the positions that must stay, got {at.dtype}")
 
 
+def _check_ids(ids: object, log_probs: Tensor) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids must be a torch.Tensor or None, got {type(ids).__name__}")
+    expected = (len(log_probs), log_probs.shape[1] - 1)
+    if ids.shape != expected or ids.dtype != torch.int64 or expected[1] < 1:
+        raise ValueError(
+            f"ids must be int64 (A, k), k at least 1, for log_probs (A, k + 1), so {expected}, got {_shape_of(ids)}"
+        )
+    if not ids.numel():
+        return
+    in_order = ids.sort(dim=1).values
+    if (in_order[:, 0] < 0).any():
+        raise ValueError(f"ids must be tokens, 0 or above, got {int(in_order.min())}")
+    if (in_order[:, 1:] == in_order[:, :-1]).any():
+        raise ValueError("ids must be k different tokens for each position, got one twice")
+
+
 def _check_top_k(top_k: int | None, vocabulary: int) -> None:
     if top_k is None:
         return
@@ -253,6 +274,10 @@ def _check_group(group: Anchors, labels: Tensor, vocabulary: int, ignore_index: 
             )
     if is_transformed():  # by torch.func: its batched tensors have no values to look at
         return
+    if group.ids is not None and group.ids.numel() and group.ids.max() >= vocabulary:
+        raise ValueError(
+            f"anchors must be of the vocabulary of logits, V = {vocabulary}, got ids up to {int(group.ids.max())}"
+        )
     is_target = labels[group.at] != ignore_index
     if is_target.any():
         raise ValueError(

@@ -66,7 +66,8 @@ class AnchoredRows(NamedTuple):
         loss, moved = kl.new_zeros(()), torch.zeros((), dtype=torch.int64, device=kl.device)
         for of_group, factor in zip(kl.split([len(group) for group in self.groups]), self.factors, strict=True):
             clipped = of_group.masked_fill(is_settled(of_group, self.epsilon, None), self.epsilon)
-            loss = loss + factor * clipped.sum()
+            if factor:  # 0 times infinity would be NaN
+                loss = loss + factor * clipped.sum()
             if len(of_group):
                 moved = moved + ~(of_group.detach().mean() <= self.epsilon)  # NaN has moved
         return AnchoredTerm(loss, moved)

@@ -196,6 +196,16 @@ class TestValue:
         assert gradient[0, 0].isnan().any()
         assert gradient[0, 1:].isfinite().all()
 
+    def test_a_group_of_no_weight_counts_for_nothing(self):
+        """Also where the model has ruled out what it said before, so that the KL is infinite."""
+        logits, before, labels = call()
+        logits[0, 0, 3] = -math.inf
+        groups = [Anchors.record(before, PROMPT, group_weight=0.0)]
+        value, gradient = value_and_gradient(overtone_loss, logits, labels, anchors=groups, anchor=1.0)
+        expected, expected_gradient = value_and_gradient(overtone_loss, logits, labels)
+        assert value == expected
+        assert torch.equal(gradient, expected_gradient)
+
     def test_counts_for_nothing_where_the_loss_does(self):
         """A loss that is NaN, times 0, gives zeros as without anchors."""
         logits, before, labels = call()
@@ -450,6 +460,27 @@ class TestRecord:
         with pytest.raises(ValueError, match="ids"):
             Anchors(PROMPT, torch.zeros(4, 3), torch.zeros(4, 2))
 
+    @pytest.mark.parametrize(
+        ("ids", "error"),
+        [
+            ([[0, 1]] * 4, TypeError),
+            (torch.zeros(4, 0, dtype=torch.long), ValueError),
+            (torch.tensor([[0, 1], [0, 1], [0, 1], [2, 2]]), ValueError),
+            (torch.tensor([[0, 1], [0, 1], [0, 1], [-1, 2]]), ValueError),
+        ],
+    )
+    def test_ids_must_be_different_tokens(self, ids, error):
+        k = 0 if isinstance(ids, torch.Tensor) and not ids.numel() else 2
+        with pytest.raises(error, match="ids"):
+            Anchors(PROMPT, torch.full((4, k + 1), -math.log(k + 1)), ids)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_logits_are_no_log_probs(self, dtype):
+        logits = call()[1][PROMPT].to(dtype)
+        with pytest.raises(ValueError, match="log_probs"):
+            Anchors(PROMPT, logits)
+        assert len(Anchors(PROMPT, logits.log_softmax(dim=1))) == 4
+
 
 class TestRefused:
     @pytest.mark.parametrize(
@@ -468,6 +499,11 @@ class TestRefused:
             ({"anchors": Anchors.record(torch.zeros(2, 4, VOCABULARY), PROMPT[:, :4])}, ValueError, "anchors"),
             ({"anchors": Anchors.record(torch.zeros(2, 5, VOCABULARY + 1), PROMPT)}, ValueError, "anchors"),
             ({"anchors": Anchors.record(torch.zeros(2, 5, VOCABULARY), ~PROMPT)}, ValueError, "anchors"),
+            (
+                {"anchors": Anchors.record(torch.arange(VOCABULARY + 1.0).expand(2, 5, -1), PROMPT, top_k=2)},
+                ValueError,
+                "ids",
+            ),
             ({"shard": VocabularyShard(0, VOCABULARY)}, ValueError, "anchors"),
         ],
     )

@@ -394,6 +394,16 @@ class TestRefused:
         with pytest.raises(ValueError, match="reference='adapter'"):
             attach(model, CONFIG, reference="adapter")
 
+    def test_merged_adapters(self):
+        """PEFT would take them out of the weights, in place, in the first pass without them."""
+        model = lora(tiny_models.build())
+        model.merge_adapter()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match="merged"):
+            attach(model, CONFIG, reference="adapter")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert any(getattr(module, "merged", False) for module in model.modules())
+
     def test_a_trained_weight_beside_the_adapter(self):
         model = lora(tiny_models.build())
         model.get_output_embeddings().weight.requires_grad_(True)

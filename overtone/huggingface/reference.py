@@ -19,6 +19,7 @@ from overtone.huggingface.verification import how_sharded_or_unloaded, undisturb
 from overtone.huggingface.wrappers import (
     changes_base_weights,
     has_adapters,
+    has_merged_adapters,
     is_of_peft,
     virtual_tokens,
     without_adapters,
@@ -205,6 +206,10 @@ def _refuse_adapters(inside: nn.Module, causal_lm: Any) -> None:
         raise ValueError(
             f"reference='adapter' needs a model with PEFT adapters, got {type(inside).__name__} without: pass a frozen "
             "copy, reference=copy.deepcopy(model)"
+        )
+    if has_merged_adapters(causal_lm):
+        raise ValueError(
+            "reference='adapter' needs adapters that are not merged into the weights: call model.unmerge_adapter()"
         )
     if culprit := changes_base_weights(inside):
         raise ValueError(

@@ -73,6 +73,11 @@ def has_adapters(model: nn.Module) -> bool:
     return any(True for _ in _switchable(model))
 
 
+def has_merged_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has added an adapter to the weights below it; its layers take it out, for good, to do without."""
+    return any(getattr(module, "merged", False) for module in _switchable(model))
+
+
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """The model below PEFT's adapters, every layer as it was afterwards.
