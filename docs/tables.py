@@ -250,6 +250,12 @@ def anchor_counterfact_lora() -> pd.DataFrame:
     return anchored("counterfact", "lora")
 
 
+@table
+def anchor_zsre_ft_m() -> pd.DataFrame:
+    """ZsRE with FT-M."""
+    return anchored("zsre", "ft-m")
+
+
 def anchored(data: str, method: str) -> pd.DataFrame:
     """`of_gemma`, with the differences to the best threshold and to anchored cross-entropy."""
     rows = read("real/gemma-3-270m-anchor").query(f"data == {data!r} and method == {method!r}")
