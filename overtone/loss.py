@@ -99,7 +99,7 @@ def overtone_loss(
         anchors: beyond the paper, what must stay as it was: positions whose labels are ignore_index, and the unedited
             model's distribution pi_0 there; see `overtone.Anchors`. Several groups have a mean each. The loss is then
 
-                targets' loss + anchor * sum over groups of weight * mean of max(KL(pi_0 || pi), anchor_epsilon)
+                targets' loss + anchor * sum over groups of group_weight * mean of max(KL(pi_0 || pi), anchor_epsilon)
 
             (sums for reduction "sum"), and a group without positions counts 0. A hold also waits until the mean KL of
             every group, before the clip, is at or below anchor_epsilon; on several ranks, of each rank's groups.

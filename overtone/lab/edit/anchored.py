@@ -20,6 +20,8 @@ class AnchoredTexts:
 
     Attributes:
         texts: without padding.
+        is_target: (P,), bool, which of their positions predict target tokens.
+        labels: (N,), these tokens.
     """
 
     def __init__(self, batch: TargetBatch, bos_token_id: int | None) -> None:
@@ -32,8 +34,8 @@ class AnchoredTexts:
             positions = (predicts_target | (ids[: length - 1] != bos_token_id)).nonzero().squeeze(1)
             self.texts.append(Text(ids[:length], positions))
             is_target.append(predicts_target[positions])
-        self._is_target = torch.cat(is_target)
-        self._labels = batch.labels[batch.labels != IGNORE_INDEX]
+        self.is_target = torch.cat(is_target)
+        self.labels = batch.labels[batch.labels != IGNORE_INDEX]
         self._before: Anchors | None = None
 
     def read(self, loss: EditLoss, logits: Tensor) -> tuple[Tensor, Tensor, AnchoredTerm]:
@@ -44,9 +46,9 @@ class AnchoredTexts:
             logits: (P, V), at the positions of the texts, text after text.
         """
         if self._before is None:
-            self._before = Anchors.record(logits, ~self._is_target)
+            self._before = Anchors.record(logits, ~self.is_target)
         logits, moved = loss.anchored(logits, [self._before])
-        return logits[self._is_target], self._labels, moved
+        return logits[self.is_target], self.labels, moved
 
     def mean(self, loss: EditLoss, logits: Tensor) -> Tensor:
         """`EditLoss.mean` of a step; arguments as of `read`."""

@@ -64,14 +64,17 @@ class Family:
         first, *others = self._losses.values()
         if not others:
             return Job(tuple(texts.texts), lambda logits, _: texts.mean(first, logits), start)
+        moved: Tensor | None = None
 
         def mean_unheld(logits: Tensor, _: Sequence[int]) -> Tensor:
+            nonlocal moved
             target_logits, labels, anchored = texts.read(first, logits)
+            moved = anchored.moved
             return first(target_logits, labels, may_hold=False, anchored=anchored)[0].mean()
 
         def held(_: float, logits: Tensor, rows: Sequence[int]) -> list[str]:
-            target_logits, labels, anchored = texts.read(first, logits)
-            return self._held(target_logits, labels, anchored.moved)
+            # Asked after the objective, of the same logits: the anchors are not measured twice.
+            return self._held(logits[texts.is_target], texts.labels, moved)
 
         return Job(tuple(texts.texts), mean_unheld, start, held, frozenset(self._losses))
 
