@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from overtone.lab.edit.anchored import AnchoredTexts
 from overtone.lab.edit.batched_lora import BatchedLora
 from overtone.lab.edit.cached_ft import CachedDownProjection
 from overtone.lab.edit.fit import fit, target_loss
@@ -17,7 +18,7 @@ from overtone.lab.edit.many import fit_many, target_job, target_texts
 from overtone.lab.edit.weights import open_down_projection, open_lora
 from overtone.lab.model.fingerprint import fingerprint
 from overtone.lab.model.positions import Capture, entering_at, layer_inputs, logits_at
-from overtone.lab.model.targets import encode_targets
+from overtone.lab.model.targets import TargetBatch, encode_targets
 from overtone.token_loss import parse
 
 ARCHITECTURES = ["llama", "gemma3", "gpt2"]
@@ -187,3 +188,18 @@ def test_half_precision_weights_are_trained_in_float32():
     (fitted,) = fit_many(model, opened, [job], steps=20, lr=1e-3)
     assert fitted.weights.dtype == torch.float32
     assert fitted.losses[-1] < fitted.losses[0]
+
+
+def test_an_anchored_text_keeps_its_prompt_but_not_a_bos_and_not_what_predicts_the_target():
+    """Texts of a BOS (1), a prompt and a target of one and of two tokens; the second is padded."""
+    batch = TargetBatch(
+        input_ids=torch.tensor([[1, 5, 6, 7, 8, 9], [1, 5, 4, 3, 0, 0]]),
+        attention_mask=torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]),
+        labels=torch.tensor([[-100, -100, -100, -100, 8, 9], [-100, -100, -100, 3, -100, -100]]),
+    )
+    texts = AnchoredTexts(batch, bos_token_id=1)
+    assert [text.positions.tolist() for text in texts.texts] == [[1, 2, 3, 4], [1, 2]]
+    assert texts.is_target.tolist() == [False, False, True, True, False, True]
+    assert texts.labels.tolist() == [8, 9, 3]
+    without_bos = AnchoredTexts(batch, bos_token_id=None)
+    assert [text.positions.tolist() for text in without_bos.texts] == [[0, 1, 2, 3, 4], [0, 1, 2]]

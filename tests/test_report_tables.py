@@ -87,7 +87,7 @@ class TestEditingTable:
         """What the loss adds is the difference to it; it is no threshold of early stopping."""
         table = editing_table(
             [
-                *singles([0.4, 0.6], loss=STOP),
+                *singles([0.7, 0.7], loss=STOP),
                 *singles([0.5, 0.5], loss="cross_entropy:anchor=1"),
                 *singles([0.6, 0.6], loss="cross_entropy:hold=0.1+anchor=1"),
                 *singles([0.9, 0.8], loss="overtone:anchor=1"),
