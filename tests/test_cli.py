@@ -17,7 +17,7 @@ from overtone.lab.model.knowledge import Knowledge
 from overtone.lab.model.pretrain import LabModel
 from overtone.lab.results import files
 from overtone.lab.results.folder import EDITS, HEADER
-from overtone.lab.run import plan
+from overtone.lab.run import plan, progress
 
 
 class MiniWorld(WorldCorpus):
@@ -79,6 +79,13 @@ class TestDemo:
         assert table["loss"].tolist() == ["cross_entropy", "overtone:hold=settled"]
         assert table["edits"].tolist() == [2, 2]
         assert (tmp_path / "out" / "overfitting.png").stat().st_size > 10_000
+
+    def test_a_log_gets_lines_where_no_bar_can_move(self, lab, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(progress, "SECONDS_A_LINE", 0.0)
+        assert demo(tmp_path / "out", "--losses", "cross_entropy", "overtone_held") == 0
+        said = capsys.readouterr().err
+        assert [f"{made} of 4 edits made" in said for made in (1, 2, 3, 4)] == [True] * 4
+        assert "4 of 4 edits made, about 0:00:00 left" in said
 
     def test_refuses_a_model_that_does_not_know_its_world(self, lab, tmp_path, capsys):
         lab.knowledge = knowledge(0.98, 0.97)
