@@ -1,4 +1,4 @@
-"""How far a run is, on standard error, with the time that is left: a bar on a terminal, now and then a line elsewhere."""
+"""How far a run is, on standard error, with the time that is left: a bar on a terminal, some lines elsewhere."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def perform_with_progress(run: Run) -> None:
 
 
 def _line(task: Task) -> str:
-    assert task.total is not None and task.elapsed is not None
+    assert task.total is not None
+    assert task.elapsed is not None
     # Over the whole run: edits that share a pass end together, and the pace of the last seconds says nothing.
     left = timedelta(seconds=round(task.elapsed / task.completed * (task.total - task.completed)))
     return f"{task.completed:.0f} of {task.total:.0f} edits made, about {left} left"
