@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from overtone.lab.edit.methods import METHODS
-from overtone.lab.model.fingerprint import fingerprint
+from overtone.lab.model.fingerprint import _weighted_sum, fingerprint
 from overtone.lab.model.workplace import Workplace
 from overtone.lab.run import workers
 from overtone.lab.run.task import SequenceTask
@@ -88,3 +88,9 @@ class TestFingerprint:
             weight = model.lm_head.weight.view(-1)
             weight[5] = torch.nextafter(weight[5], torch.tensor(9.0))
         assert fingerprint(model) != before
+
+    def test_sees_a_single_bit_on_other_devices(self):
+        words = torch.arange(1000, dtype=torch.int32)
+        before = _weighted_sum(words)
+        words[5] += 1
+        assert _weighted_sum(words) != before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from typing import Any
 
 import torch
@@ -22,11 +23,16 @@ _SPREAD = 0x9E3779B97F4A7C15 - 2**64  # of multiplicative hashing, as int64: nei
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    """The weighted sum of a tensor's words modulo 2**64, on its own device: quick where copying billions would not be.
+    """A number of a tensor's words which a change of one of them always changes, worked out on its own device."""
+    words = tensor.detach().contiguous().flatten().view(_WORDS[tensor.element_size()])
+    return zlib.crc32(words.numpy().data) if words.device.type == "cpu" else _weighted_sum(words)
+
+
+def _weighted_sum(words: torch.Tensor) -> int:
+    """Modulo 2**64: quick where copying billions of words to the CPU would not be.
 
     The weights are odd, and so have an inverse: a change of one word always shows.
     """
-    words = tensor.detach().contiguous().flatten().view(_WORDS[tensor.element_size()])
     total = 0
     for number, chunk in enumerate(words.split(_CHUNK)):
         weights = torch.arange(len(chunk), device=chunk.device).add_(number * _CHUNK).mul_(_SPREAD).bitwise_or_(1)
