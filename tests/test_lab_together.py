@@ -17,6 +17,7 @@ from overtone.lab.model.workplace import Workplace
 from overtone.lab.run import together as together_module
 from overtone.lab.run.task import SequenceTask
 from overtone.lab.run.together import together
+from overtone.lab.score.batched import score_many
 from overtone.token_loss import parse
 
 LOSSES = [
@@ -183,3 +184,19 @@ def test_edited_models_say_what_they_answer_where_that_is_asked_for(workplace, l
             # With words for tokens an answer is said where it is begun with.
             assert {name: record.scores.begins[name] for name in record.scores.said} == record.scores.said
     assert {share for records in speaking.values() for made in records for share in made.scores.said.values()} >= {0, 1}
+
+
+def test_losses_that_end_a_run_at_one_step_are_scored_once(workplace, monkeypatch):
+    scored = []
+
+    def counted(model, opened, examined):
+        scored.extend(examined)
+        return score_many(model, opened, examined)
+
+    monkeypatch.setattr(together_module, "score_many", counted)
+    tasks = grid("lora", losses=["cross_entropy:hold=50", "cross_entropy:hold=60", "cross_entropy:hold=0.1"])
+    (task,) = together(tasks, at_once=4)
+    made = by_key(task.perform(workplace))
+    early, other_early, late = (made[task.key][0].scores for task in tasks[::4])
+    assert early == other_early != late
+    assert len(scored) == 2 * 4

@@ -223,8 +223,10 @@ class _Running:
         if not torch.isfinite(loss):
             raise RuntimeError(f"the loss is {value} after {self._taken} steps with lr={self._lr}: lower lr")
         if self.job.watch is not None:
-            for name in self.job.watch(value, leaf.detach(), self.rows):
-                self._snapshots.setdefault(name, Snapshot(self.weights.detach().clone(), self._taken))
+            new = [name for name in self.job.watch(value, leaf.detach(), self.rows) if name not in self._snapshots]
+            if new:
+                # One for all of them: what is measured of it need be measured once.
+                self._snapshots |= dict.fromkeys(new, Snapshot(self.weights.detach().clone(), self._taken))
         if self.job.until and self.job.until <= self._snapshots.keys():
             self.ended = "held"
             return None
