@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import mini_lab
 import pytest
@@ -26,6 +26,7 @@ from overtone.lab.edit.compared import COMPARED
 from overtone.lab.edit.easyedit.algorithms import ALGORITHMS
 from overtone.lab.edit.methods import METHODS
 from overtone.lab.edit.sessions import WeightSession
+from overtone.lab.model import sources
 from overtone.lab.model.completion import complete
 from overtone.lab.model.sources import NamedModel
 from overtone.lab.model.training import ARCHITECTURES
@@ -225,6 +226,24 @@ class TestRun:
         assert described["knowledge"].keys() == {"facts"}
         assert "parameters" in described["title"]
         assert header["commands"] == [["overtone", "bench"]]
+
+    def test_a_named_model_is_asked_a_sample_of_what_it_may_know(self, model, monkeypatch):
+        probes = [Probe(f"zed likes {number}", " tea", "fact", "tea") for number in range(300)]
+        corpus = SimpleNamespace(knowledge_probes=lambda: {"facts": probes, "others": probes[:2]})
+        asked = []
+
+        def answered(model, tokenizer, own, **options):
+            asked.append([probe.prompt for probe in own])
+            return [probe in probes[:150] for probe in own]
+
+        monkeypatch.setattr(sources, "answered", answered)
+        source = NamedModel(str(model), show_progress=False)
+        first, again = source.knowledge(corpus, 0), source.knowledge(corpus, 0)
+        assert first == again
+        assert asked[0] == asked[1]
+        assert [len(own) for own in asked] == [52, 52]
+        assert first["others"] == 1.0
+        assert 0.3 < first["facts"] < 0.7
 
     def test_a_failed_edit_does_not_end_the_run(self, model, corpora, tmp_path, monkeypatch):
         apply = WeightSession.apply
