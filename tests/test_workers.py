@@ -71,8 +71,9 @@ class TestPerformAll:
         script.write_text(
             "import os, signal, time\n"
             "from types import SimpleNamespace\n"
-            "from overtone.lab.run import processes, workers\n"
+            "from overtone.lab.run import processes\n"
             "def work(started):\n"
+            "    from overtone.lab.run import workers\n"
             "    workers.Workplace.load = lambda source, **_: SimpleNamespace(fingerprint='same')\n"
             "    workers._start_worker('', 'same')\n"
             "    started.set()\n"
