@@ -7,6 +7,7 @@ quick, where torch alone is installed.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -103,8 +104,7 @@ def _add_bench(commands: Subcommands) -> None:
     )
     parser.add_argument("--data", type=_names, help=f"by commas: short, long, soft, {', '.join(_FILES)}")
     for name, title in _FILES.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, metavar="PATH", help=f"{title}, the published file; adds {name} to the data")
+        parser.add_argument(_option(name), metavar="PATH", help=f"{title}, the published file; adds {name} to the data")
     parser.add_argument("--size", type=int, help="records of a published file that the small model is to know")
     parser.add_argument("--lengths", type=_numbers, help="by commas: edits in a sequence, 1 for single edits")
     parser.add_argument("--seeds", type=_numbers, help="by commas: of the worlds, models and edits")
@@ -153,7 +153,10 @@ def _add_grid(parser: argparse.ArgumentParser, *, out: str) -> None:
         "--only-known", action="store_true", default=None, help="edit only facts that the named model knows"
     )
     parser.add_argument(
-        "--losses", nargs="+", help="by spaces; the last lines of overtone bench --help say how a loss is written"
+        "--losses",
+        nargs="+",
+        type=_loss,
+        help="by spaces; the last lines of overtone bench --help say how a loss is written",
     )
     parser.add_argument(
         "--edits",
@@ -171,7 +174,7 @@ def _add_report(commands: Subcommands) -> None:
         description="Write report.md, CSV files and figures from a results folder alone, finished or not.",
     )
     parser.add_argument("results", type=Path, help="output folder of overtone bench")
-    parser.add_argument("--losses", nargs="+", default=(), help="by spaces: of these alone (default: all)")
+    parser.add_argument("--losses", nargs="+", type=_loss, default=(), help="by spaces: of these alone (default: all)")
     parser.add_argument("--seeds", type=_numbers, default=(), help="by commas: of these alone (default: all)")
     parser.add_argument("--out", type=Path, help="folder (default: that of the results, for a report of all)")
     parser.set_defaults(run=_report)
@@ -187,6 +190,21 @@ def _add_doctor(commands: Subcommands, *, is_wanted: bool) -> None:
 
         doctor.add_arguments(parser)
         parser.set_defaults(run=lambda arguments, argv: doctor.run(arguments))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _loss(text: str) -> str:
+    """A loss, which the run reads; a comma in it may stand between the values of a field, but not beside a name."""
+    if "," in text:
+        from overtone.token_loss import NAMED_LOSSES
+
+        _, *others = (piece.partition(":")[0].strip() for piece in text.split(","))
+        if "," in text.partition(":")[0] or not NAMED_LOSSES.keys().isdisjoint(others):
+            raise argparse.ArgumentTypeError(f"losses are separated by spaces, not by commas, got {text!r}")
+    return text
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -214,9 +232,13 @@ def _rates(text: str) -> tuple[float, ...]:
 
 
 def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
-    problem = _missing("lab")
+    problem = _missing("lab") or _unreadable_file(arguments)
     if problem:
         return _fail(problem)
+    from overtone.lab.run.processes import import_ahead
+
+    if arguments.model is None and (arguments.workers is None or arguments.workers > 1) and "RANK" not in os.environ:
+        import_ahead()
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
@@ -235,7 +257,7 @@ def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         run = Run(settings, arguments.out, workers=workers)
         run.begin(run.open_models(), command=["overtone", *argv])
     except (ValueError, OSError) as error:
-        return _fail(str(error))
+        return _fail(_said(error))
     except RuntimeError as error:
         return _fail(str(error), exit_code=1)
     try:
@@ -246,8 +268,7 @@ def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         report = Report.of(results)
         written = (write_short_report if is_demo else write_report)(report, arguments.out)
     except (OSError, RuntimeError, ValueError, MemoryError) as error:
-        # A MemoryError says nothing but its name.
-        return _fail(f"{str(error) or type(error).__name__}; {_RESUMABLE}", exit_code=1)
+        return _fail(f"{_said(error)}; {_RESUMABLE}", exit_code=1)
     console = Console()
     for model in results.header["models"]:
         known = ", ".join(f"{share:.1%} of the {group}" for group, share in model["knowledge"].items())
@@ -286,15 +307,17 @@ def _report(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     from overtone.lab.report.frame import load_results
     from overtone.lab.report.terminal import averages_by_length
     from overtone.lab.report.write import Report, write_report
+    from overtone.lab.results.files import require_writable
 
     folder: Path = arguments.results
     if (arguments.losses or arguments.seeds) and arguments.out is None:
         return _fail("--losses and --seeds need --out: their report would replace that of all results")
     try:
         report = Report.of(load_results(folder, losses=arguments.losses, seeds=arguments.seeds))
+        require_writable(arguments.out or folder)
         written = write_report(report, arguments.out or folder)
     except (ValueError, OSError) as error:
-        return _fail(str(error))
+        return _fail(_said(error))
     console = Console()
     console.print(averages_by_length(report.editing))
     console.print(f"Written: {written[0]} and what it names")
@@ -304,6 +327,26 @@ def _report(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 def _missing(extra: str) -> str | None:
     missing = [module for module in _EXTRAS[extra] if find_spec(module) is None]
     return f'missing {", ".join(missing)}: pip install "overtone[{extra}]"' if missing else None
+
+
+def _unreadable_file(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with the first published file that cannot be opened."""
+    for name in _FILES:
+        path = getattr(arguments, name)
+        try:
+            if path is not None:
+                Path(path).open("rb").close()
+        except OSError as error:
+            return f"{_option(name)} must be a file that can be read, got {path!r} ({error.strerror})"
+    return None
+
+
+def _said(error: Exception) -> str:
+    """An error in words: the system's without its number, and one that says nothing by its name."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        # Of two names the second is the file that was to be written, the first a partial one.
+        return f"{error.filename2 or error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def _fail(message: str, *, exit_code: int = 2) -> int:

@@ -116,6 +116,29 @@ class TestMistakes:
         assert lab.loads == []
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize(
+        "losses", ["cross_entropy,overtone", "cross_entropy,", "cross_entropy:hold=0.1,overtone:hold=correct,0.1"]
+    )
+    @pytest.mark.parametrize("command", ["demo", "report results"])
+    def test_losses_with_commas(self, capsys, command, losses):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*command.split(), "--losses", losses])
+        assert stopped.value.code == 2
+        assert f"--losses: losses are separated by spaces, not by commas, got '{losses}'" in capsys.readouterr().err
+
+    def test_a_comma_within_a_loss(self):
+        loss = "overtone:lam=0.5+hold=correct,0.1"
+        assert cli.parse_arguments(["bench", "--losses", loss, "dft"]).losses == [loss, "dft"]
+
+    @pytest.mark.parametrize(("option", "name"), [("--zsre", "none.json"), ("--wikidata-recent", "")])
+    def test_a_published_file_that_cannot_be_read(self, tmp_path, capsys, option, name):
+        """Missing, or a folder."""
+        path = str(tmp_path / name)
+        assert cli.main(["bench", option, path, "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert f"{option} must be a file that can be read, got {path!r}" in error
+        assert "Errno" not in error
+
     def test_a_folder_that_cannot_be_made(self, lab, tmp_path, capsys):
         (tmp_path / "file").write_text("")
         assert demo(tmp_path / "file" / "out") == 2
@@ -140,7 +163,8 @@ class TestMistakes:
         (tmp_path / "out" / "table1.csv").mkdir(parents=True)
         assert demo(tmp_path / "out", "--losses", "overtone") == 1
         error = capsys.readouterr().err
-        assert "table1.csv" in error
+        assert "table1.csv: " in error
+        assert "Errno" not in error
         assert "what was finished is kept" in error
         assert len(list((tmp_path / "out" / EDITS).iterdir())) == 2
 

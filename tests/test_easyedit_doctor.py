@@ -250,8 +250,24 @@ class TestCommand:
         assert "lr is missing" in text
 
     def test_unreadable_files(self, run, standin, tmp_path):
-        assert run(tmp_path / "none.yaml")[0] == 1
+        code, text = run(tmp_path / "none.yaml")
+        assert code == 1
+        assert "none.yaml" in text
+        assert "No such file" in text
+        assert "Errno" not in text
+        (file := tmp_path / "broken.yaml").write_text("lr: [")
+        code, text = run(file)
+        assert code == 1
+        assert "not YAML" in text
         (file := tmp_path / "list.yaml").write_text("- 1\n")
         code, text = run(file)
         assert code == 1
         assert "expected a mapping" in text
+
+    def test_a_name_without_yaml(self, run, standin, tmp_path):
+        """EasyEdit looks for lora.yml.yaml, whatever is there."""
+        (file := tmp_path / "lora.yml").write_text("alg_name: LoRA\n")
+        code, text = run(file)
+        assert code == 1
+        assert "lora.yml.yaml" in text
+        assert "a name that ends in .yaml" in text

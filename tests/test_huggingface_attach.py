@@ -546,6 +546,13 @@ class TestCopies:
             attach(model, "lora")
         assert "_loss_function" not in model.__dict__
 
+    @pytest.mark.parametrize("fused", ["yes", 1, 0.0])
+    def test_fused_is_a_bool_or_none(self, model, fused):
+        """A word that is true would switch it on unasked."""
+        with pytest.raises(TypeError, match=f"fused must be True, False or None, got {fused!r} of type"):
+            attach(model, fused=fused)
+        assert "_loss_function" not in model.__dict__
+
 
 class TestPublicNames:
     def test_reached_from_the_package(self):

@@ -112,6 +112,22 @@ class TestDocument:
             lines
         )
 
+    def test_explains_the_columns_that_are_there(self, rendered, tmp_path):
+        """And no others."""
+        bare = [replace(made, perplexity=None, scores=replace(made.scores, kl=None)) for made in singles([1.0, 0.5])]
+        texts = [text_of(rendered), report_of(bare, tmp_path)]
+        for text in texts:
+            legend, tables = text.split("## How to read the tables")[1].split("## Table 1", 1)
+            headings = {
+                cell.strip() for line in tables.splitlines() if line.startswith("| Loss") for cell in line.split("|")
+            }
+            for name in ("Por, other answers", "Gen begins", "Gen said", "KL", "Perplexity"):
+                assert (f"{name}: " in legend) == (name in headings), name
+            assert ("Differences are" in legend) == any(name.startswith("Difference to") for name in headings)
+            assert ("In italics" in legend) == ("*paper, " in tables)
+        assert "KL: " in texts[0]
+        assert "KL: " not in texts[1]
+
     def test_csv_in_full_precision(self, rendered):
         with (rendered / "table1.csv").open() as file:
             lines = list(csv.DictReader(file))

@@ -75,7 +75,12 @@ def examine(path: Path, *, with_easyedit: bool) -> list[Trap]:
     Raises:
         OSError, ValueError: if the file cannot be read.
     """
-    config = read_yaml(str(path))
+    from yaml import YAMLError
+
+    try:
+        config = read_yaml(str(path))
+    except YAMLError as error:
+        raise ValueError(f"this is not YAML: {error}") from error
     return traps(config, _hparams_class(str(config.get("alg_name"))) if with_easyedit else None)
 
 
@@ -132,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             found = examine(path, with_easyedit=importable)
         except (OSError, ValueError) as error:
-            console.print(f"{path}: {error}", markup=False)
+            console.print(_unreadable(path, error), markup=False)
             code = 1
             continue
         table = Table("", "finding", "mend", title=str(path))
@@ -141,6 +146,18 @@ def run(arguments: argparse.Namespace) -> int:
             code = 1 if trap.fatal else code
         console.print(table)
     return code
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> str:
+    """Why a file cannot be examined."""
+    if not isinstance(error, OSError):
+        return f"{path}: {error}"
+    if error.filename != str(path) and path.is_file():
+        return (
+            f"{path}: EasyEdit adds .yaml to a name without it, and there is no {Path(error.filename).name}; give the "
+            "file a name that ends in .yaml"
+        )
+    return f"FILE must be an hparams file that can be read, got {str(path)!r} ({error.strerror})"
 
 
 def _version(package: str) -> str:

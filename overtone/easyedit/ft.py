@@ -20,7 +20,6 @@ from overtone.easyedit.trainers import (
     does_not_use,
     lacks,
     lacks_arguments,
-    loss_of,
     wrap,
 )
 
@@ -35,10 +34,10 @@ def _problem(module: ModuleType, execute: str) -> str | None:
     )
 
 
-def _hook(module: ModuleType, patches: Patches, name: str, execute: str) -> None:
+def _hook(trainer: Trainer, module: ModuleType, patches: Patches, execute: str) -> None:
     def edit(original: Any, *args: Any, **kwargs: Any) -> Any:
         hparams, model = arguments(original, args, kwargs, "hparams", "model")
-        loss = loss_of(hparams, model, name, "ft-m")
+        loss = trainer.loss_of(hparams, model)
         if loss is None:
             return original(*args, **kwargs)
         if hparams.objective_optimization != "target_new":
@@ -61,7 +60,7 @@ def _trainer(name: str, module: str, hparams_class: str, execute: str, optional:
         hparams_class=hparams_class,
         way_in=f"CrossEntropyLoss of {module}, while {execute} runs",
         problem=partial(_problem, execute=execute),
-        hook=partial(_hook, name=name, execute=execute),
+        hook=partial(_hook, execute=execute),
         optional=optional,
     )
 

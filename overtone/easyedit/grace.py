@@ -11,7 +11,7 @@ from typing import Any
 
 from overtone.easyedit.model_loss import model_loss
 from overtone.easyedit.patching import Patches
-from overtone.easyedit.trainers import Trainer, arguments, does_not_use, lacks, lacks_arguments, loss_of, wrap
+from overtone.easyedit.trainers import Trainer, arguments, does_not_use, lacks, lacks_arguments, wrap
 
 
 def _problem(module: ModuleType, editor: str) -> str | None:
@@ -24,10 +24,10 @@ def _problem(module: ModuleType, editor: str) -> str | None:
     )
 
 
-def _hook(module: ModuleType, patches: Patches, name: str, editor: str) -> None:
+def _hook(trainer: Trainer, module: ModuleType, patches: Patches, editor: str) -> None:
     def edit(original: Any, *args: Any, **kwargs: Any) -> Any:
         itself, hparams = arguments(original, args, kwargs, "self", "config")
-        loss = loss_of(hparams, itself.model, name, "melo", takes_anchor=False)
+        loss = trainer.loss_of(hparams, itself.model)
         if loss is None:
             return original(*args, **kwargs)
         with model_loss(itself.model, loss):
@@ -44,7 +44,7 @@ def _trainer(name: str, module: str, hparams_class: str, editor: str) -> Trainer
         hparams_class=hparams_class,
         way_in=f"the model's own loss, while {editor}.edit runs",
         problem=partial(_problem, editor=editor),
-        hook=partial(_hook, name=name, editor=editor),
+        hook=partial(_hook, editor=editor),
         optional=True,
         takes_anchor=False,
     )

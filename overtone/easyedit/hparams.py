@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from overtone.token_loss import EditLoss, parse
 from overtone.token_loss.grammar import read
@@ -80,16 +79,6 @@ def _choose(value: object, method: str) -> Choice:
     if not isinstance(templates, bool):
         raise ValueError(f"context_templates must be true or false, got {templates!r}")
     return Choice(loss, float(scale), templates)
-
-
-def choice_of(hparams: Any, trainer: str, method: str, *, takes_anchor: bool = True) -> Choice | None:
-    """What the hparams of an edit ask for; None without the key. Each different choice is logged once."""
-    value = getattr(hparams, KEY, None)
-    if value is None:
-        return None
-    choice = choose(value, method, takes_anchor=takes_anchor)
-    announce(f"{trainer}: minimises {choice.loss.description if choice.loss else 'its own cross-entropy'}")
-    return choice
 
 
 def announce(message: str) -> None:

@@ -57,7 +57,7 @@ def install(methods: Iterable[str] | None = None) -> None:
             )
         try:
             for trainer in new:
-                trainer.hook(trainer.load(), _patches)
+                trainer.hook(trainer, trainer.load(), _patches)
             _installed.extend(new)
             if len(_installed) == len(new):
                 _hook_loaders(_patches)

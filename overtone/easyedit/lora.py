@@ -24,7 +24,6 @@ from overtone.easyedit.trainers import (
     does_not_use,
     lacks,
     lacks_arguments,
-    loss_of,
     wrap,
 )
 
@@ -37,10 +36,10 @@ def _problem(module: ModuleType, execute: str) -> str | None:
     )
 
 
-def _hook(module: ModuleType, patches: Patches, name: str, execute: str, takes_anchor: bool) -> None:
+def _hook(trainer: Trainer, module: ModuleType, patches: Patches, execute: str) -> None:
     def edit(original: Any, *args: Any, **kwargs: Any) -> Any:
         hparams, model = arguments(original, args, kwargs, "hparams", "model")
-        loss = loss_of(hparams, model, name, "lora", takes_anchor=takes_anchor)
+        loss = trainer.loss_of(hparams, model)
         if loss is None:
             return original(*args, **kwargs)
         before = _State(model)
@@ -85,7 +84,7 @@ def _trainer(
         hparams_class=hparams_class,
         way_in=f"the innermost model's loss, while {execute} runs",
         problem=partial(_problem, execute=execute),
-        hook=partial(_hook, name=name, execute=execute, takes_anchor=takes_anchor),
+        hook=partial(_hook, execute=execute),
         optional=optional,
         takes_anchor=takes_anchor,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from overtone.easyedit.model_loss import model_loss
 from overtone.easyedit.patching import Patches
-from overtone.easyedit.trainers import Trainer, does_not_use, lacks, lacks_arguments, loss_of, wrap
+from overtone.easyedit.trainers import Trainer, does_not_use, lacks, lacks_arguments, wrap
 
 
 def _problem(module: ModuleType) -> str | None:
@@ -20,9 +20,9 @@ def _problem(module: ModuleType) -> str | None:
     )
 
 
-def _hook(module: ModuleType, patches: Patches) -> None:
+def _hook(trainer: Trainer, module: ModuleType, patches: Patches) -> None:
     def edit(original: Any, editor: Any, tokens: Any) -> Any:
-        loss = loss_of(editor.config, editor.model.get_base_model(), "MELO", "melo")
+        loss = trainer.loss_of(editor.config, editor.model.get_base_model())
         if loss is None:
             return original(editor, tokens)
         with model_loss(editor.model, loss):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from overtone.easyedit.hparams import Choice, choice_of, choose
+from overtone.easyedit.hparams import KEY, Choice, announce, choose
 from overtone.easyedit.patching import Patches
 from overtone.token_loss import EditLoss
 
@@ -32,7 +32,7 @@ class Trainer:
         hparams_class: the class whose loader reads its yaml files, in the trainer's package.
         way_in: how its loss is replaced, for people.
         problem: what is wrong with the seam, given the imported module, or None.
-        hook: replaces what has to be replaced.
+        hook: replaces what has to be replaced, given this trainer, the imported module and where to note it.
         optional: not in every EasyEdit of the supported range.
         takes_anchor: whether it shows the prompt's own tokens to its loss.
     """
@@ -43,13 +43,38 @@ class Trainer:
     hparams_class: str
     way_in: str
     problem: Callable[[ModuleType], str | None]
-    hook: Callable[[ModuleType, Patches], None]
+    hook: Callable[[Trainer, ModuleType, Patches], None]
     optional: bool = False
     takes_anchor: bool = True
 
     def choose(self, value: object) -> Choice:
         """What a value of `token_loss` asks of it; errors as of `overtone.easyedit.hparams.choose`."""
         return choose(value, self.preset, takes_anchor=self.takes_anchor)
+
+    def choice_of(self, hparams: Any) -> Choice | None:
+        """What the hparams of an edit ask for; None without the key. Each different choice is logged once.
+
+        Raises:
+            ValueError, TypeError: as of `choose`.
+        """
+        value = getattr(hparams, KEY, None)
+        if value is None:
+            return None
+        choice = self.choose(value)
+        announce(f"{self.name}: minimises {choice.loss.description if choice.loss else 'its own cross-entropy'}")
+        return choice
+
+    def loss_of(self, hparams: Any, model: Any) -> EditLoss | None:
+        """The loss that the hparams of an edit ask for; None where the trainer is to run as it is.
+
+        Raises:
+            ValueError, TypeError: for a token loss that cannot be used, or an encoder-decoder model.
+        """
+        choice = self.choice_of(hparams)
+        if choice is None or choice.loss is None:
+            return None
+        refuse_encoder_decoder(model, hparams)
+        return choice.loss
 
     def load(self) -> ModuleType:
         """The trainer's module; the package attribute of that name may be something else."""
@@ -108,19 +133,6 @@ def arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     """The values that a call of the function gives to some of its arguments."""
     bound = inspect.signature(function).bind(*args, **kwargs).arguments
     return [bound[name] for name in names]
-
-
-def loss_of(hparams: Any, model: Any, trainer: str, method: str, *, takes_anchor: bool = True) -> EditLoss | None:
-    """The loss that the hparams of an edit ask for; None where the trainer is to run as it is.
-
-    Raises:
-        ValueError, TypeError: for a token loss that cannot be used, or an encoder-decoder model.
-    """
-    choice = choice_of(hparams, trainer, method, takes_anchor=takes_anchor)
-    if choice is None or choice.loss is None:
-        return None
-    refuse_encoder_decoder(model, hparams)
-    return choice.loss
 
 
 def refuse_encoder_decoder(model: Any, hparams: Any) -> None:

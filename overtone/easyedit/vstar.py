@@ -30,7 +30,6 @@ from overtone.easyedit.trainers import (
     does_not_use,
     lacks,
     lacks_arguments,
-    loss_of,
     wrap,
 )
 from overtone.token_loss import EditLoss
@@ -125,10 +124,10 @@ def _problem(module: ModuleType, computes: tuple[str, ...], optimises: tuple[str
     )
 
 
-def _hook(module: ModuleType, patches: Patches, name: str, computes: tuple[str, ...]) -> None:
+def _hook(trainer: Trainer, module: ModuleType, patches: Patches, computes: tuple[str, ...]) -> None:
     def compute(original: Any, *args: Any, **kwargs: Any) -> Any:
         hparams, model = arguments(original, args, kwargs, "hparams", "model")
-        loss = loss_of(hparams, model, name, METHOD, takes_anchor=False)
+        loss = trainer.loss_of(hparams, model)
         if loss is None:
             return original(*args, **kwargs)
         with _vector_loss(loss):
@@ -149,7 +148,7 @@ def _trainer(
         hparams_class=hparams_class,
         way_in=f"torch.gather of {module}, while {' or '.join(computes)} runs",
         problem=partial(_problem, computes=computes, optimises=optimises or computes),
-        hook=partial(_hook, name=name, computes=computes),
+        hook=partial(_hook, computes=computes),
         optional=True,
         takes_anchor=False,
     )

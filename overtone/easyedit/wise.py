@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from overtone.easyedit.cross_entropy import CrossEntropyStandIn, running
-from overtone.easyedit.hparams import Choice, announce, choice_of
+from overtone.easyedit.hparams import Choice, announce
 from overtone.easyedit.patching import Patches
 from overtone.easyedit.trainers import (
     MODELS,
@@ -70,13 +70,13 @@ def _with_scaled_thresholds(config: Any, choice: Choice) -> Any:
     return scaled
 
 
-def _hook(module: ModuleType, patches: Patches) -> None:
+def _hook(trainer: Trainer, module: ModuleType, patches: Patches) -> None:
     main = importlib.import_module(f"{MODELS}.wise.wise_main")
 
     def construct(original: Any, editor: Any, *args: Any, **kwargs: Any) -> None:
         call = inspect.signature(original).bind(editor, *args, **kwargs)
         config = call.arguments["config"]
-        choice = choice_of(config, "WISE", "wise")
+        choice = trainer.choice_of(config)
         if choice is not None:
             if type(editor) is not module.WISE:
                 raise ValueError(
@@ -88,14 +88,14 @@ def _hook(module: ModuleType, patches: Patches) -> None:
 
     def tokenize(original: Any, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(original).bind(*args, **kwargs)
-        choice = choice_of(call.arguments.get("hparams"), "WISE", "wise")
+        choice = trainer.choice_of(call.arguments.get("hparams"))
         if choice is not None and not choice.context_templates:
             announce("WISE: context templates off")
             call.arguments["context_templates"] = NO_CONTEXT
         return original(*call.args, **call.kwargs)
 
     def edit(original: Any, editor: Any, *args: Any, **kwargs: Any) -> Any:
-        choice = choice_of(editor.config, "WISE", "wise")
+        choice = trainer.choice_of(editor.config)
         if choice is None:
             return original(editor, *args, **kwargs)
         call = inspect.signature(original).bind(editor, *args, **kwargs)

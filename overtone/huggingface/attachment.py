@@ -158,7 +158,8 @@ def attach(
         A handle with ``detach()``, which is also a context manager.
 
     Raises:
-        TypeError: if there is no Hugging Face model inside, or config is not an OverToneConfig.
+        TypeError: if there is no Hugging Face model inside, config is not an OverToneConfig, or fused is not a bool or
+            None.
         ValueError: if the model would not call the loss: its forward computes its loss another way, it is not a causal
             language model, a Liger without ``skip_logits`` is on it, or PEFT's CPT around it. One forward of two tokens
             finds out (not where parameters are sharded or not loaded; there the first training step does). With
@@ -173,6 +174,10 @@ def attach(
     """
     config = checked_config(config)
     check_eval_loss(eval_loss)
+    if fused is not None and not isinstance(fused, bool):
+        raise TypeError(
+            f"fused must be True, False or None, got {fused!r} of type {type(fused).__name__}; leave it out"
+        )
     causal_lm = find_causal_lm(model)
     refuse_unsupported_model(causal_lm)
     wrappers = list(peft_wrappers(model, causal_lm))

@@ -63,7 +63,7 @@ def open_corpus(name: str, *, seed: int, path: Path | None = None, size: int | N
     (source,) = look_up(CORPORA, "corpus", [name])
     if source.is_file:
         if path is None:
-            raise ValueError(f"data {name} needs its published file: pass --{name} PATH")
+            raise ValueError(f"data {name} needs its published file: pass --{name.replace('_', '-')} PATH")
         return source.open(path, seed=seed, **({} if size is None else {"size": size}))
     for argument, value in (("path", path), ("size", size)):
         if value is not None:

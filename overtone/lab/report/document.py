@@ -41,6 +41,8 @@ def document(
     edits = results.edits
     failed = edits[edits["error"].notna()]
     settings = edits[["method", "settings"]].drop_duplicates()
+    blocks = [block for kind in tables.values() for block in kind]
+    headings = {heading for block in blocks for heading in block.head}
     return environment.get_template("report.md.jinja").render(
         header=results.header,
         files=files,
@@ -60,6 +62,9 @@ def document(
         resamples=RESAMPLES,
         fewest_sequences=FEWEST_SEQUENCES,
         enough_units=ENOUGH_UNITS,
+        headings=headings,
+        has_differences=any(heading.startswith("Difference to ") for heading in headings),
+        has_paper=any(row[0].startswith("*paper") for block in blocks for row in block.rows),
         tables=tables,
         images=images,
     )

@@ -18,9 +18,6 @@ from overtone.lab.run.settings import RunSettings
 from overtone.lab.run.task import SequenceTask
 from overtone.token_loss import parse
 
-HELD_OUT_TEXTS = 64
-"""How many of a corpus' held-out texts the perplexity is measured on, at most: all of them take longer than an edit."""
-
 
 @dataclass
 class Plan:
@@ -80,10 +77,10 @@ def size_of(settings: RunSettings, data: str) -> int | None:
     return settings.size if CORPORA[data].is_file else None
 
 
-def held_out_texts(corpus: Corpus, seed: int) -> tuple[str, ...]:
+def held_out_texts(settings: RunSettings, corpus: Corpus, seed: int) -> tuple[str, ...]:
     """Those that the perplexity is measured on."""
     texts = corpus.held_out_texts()
-    return tuple(Random(f"perplexity {seed}").sample(texts, min(len(texts), HELD_OUT_TEXTS)))
+    return tuple(Random(f"perplexity {seed}").sample(texts, min(len(texts), settings.held_out_texts)))
 
 
 def _check(settings: RunSettings) -> None:
@@ -130,7 +127,7 @@ def _tasks(
     settings: RunSettings, plan: Plan, data: str, seed: int, pairs: list[tuple[str, str]]
 ) -> Iterator[SequenceTask]:
     corpus = plan.corpora[data, seed]
-    unseen, known = held_out_texts(corpus, seed), tuple(corpus.training_texts())
+    unseen, known = held_out_texts(settings, corpus, seed), tuple(corpus.training_texts())
     traced = settings.methods[0], settings.seeds[0], 1
     for length in settings.lengths:
         for number, edits in enumerate(_sequences(settings, plan, data, seed, length)):

@@ -22,7 +22,7 @@ from overtone.lab.model.sources import LabModels, ModelSource, NamedModel, defau
 from overtone.lab.results.files import require_writable
 from overtone.lab.results.folder import ResultsFolder
 from overtone.lab.results.header import FORMAT
-from overtone.lab.run.plan import HELD_OUT_TEXTS, Plan, held_out_texts, make_plan, path_of, size_of
+from overtone.lab.run.plan import Plan, held_out_texts, make_plan, path_of, size_of
 from overtone.lab.run.settings import RunSettings
 from overtone.lab.run.sharding import Rank
 from overtone.lab.run.task import SequenceTask
@@ -94,7 +94,7 @@ class Run:
             "methods": self.settings.methods,
             "losses": list(dict.fromkeys(task.loss for task in self.plan.tasks)),
             "recommended": {name: repr(OverToneConfig.recommended(name)) for name in RECOMMENDED},
-            "held_out_texts": HELD_OUT_TEXTS,
+            "held_out_texts": self.settings.held_out_texts,
             "generate": self.settings.generate,
             "models": models,
         }
@@ -173,7 +173,7 @@ class Run:
         with one_thread():
             knowledge = self._source.knowledge(corpus, seed)
             # Where edits share passes the edited models' perplexity is not measured, so nothing compares with this.
-            texts = held_out_texts(corpus, seed) if self.settings.sharing == 1 else ()
+            texts = held_out_texts(self.settings, corpus, seed) if self.settings.sharing == 1 else ()
             before = perplexity(workplace.model, workplace.tokenizer, texts) if texts else None
         return {
             "data": data,
