@@ -36,8 +36,8 @@ def saved_model(tmp_path_factory):
     return path, Workplace(model, tokenizer)
 
 
-def comparable(records):
-    return json.dumps([replace(made, seconds=0.0).as_json() for made in records])
+def comparable(sequences):
+    return json.dumps([[replace(made, seconds=0.0).as_json() for made in records] for records in sequences])
 
 
 class TestPerformAll:

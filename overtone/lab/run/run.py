@@ -115,16 +115,17 @@ class Run:
         return [task for task in mine if not self.results.has(task.key)]
 
     def perform(self) -> Iterator[int]:
-        """Make the edits that are left, and yield the number of those of each sequence once they are on disk."""
+        """Make the edits that are left, and yield how many are on disk more whenever some are."""
         for (data, seed), group in groupby(self.left(), key=lambda task: (task.data, task.seed)):
             # The longest first, so that no worker is left alone with one at the end.
             tasks = sorted(group, key=lambda task: -task.length)
             model = self._source.open(self.plan.corpora[data, seed], seed)
-            for records in perform_all(
+            for sequences in perform_all(
                 model.workplace, model.source, self._performable(tasks), workers=self._workers, dtype=model.dtype
             ):
-                self.results.write(records)
-                yield len(records)
+                for records in sequences:
+                    self.results.write(records)
+                yield sum(map(len, sequences))
 
     def _performable(self, tasks: list[SequenceTask]) -> list[SequenceTask | TogetherTask]:
         if self.settings.sharing == 1:

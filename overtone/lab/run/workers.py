@@ -27,8 +27,8 @@ def perform_all(
     *,
     workers: int = 1,
     dtype: str | None = None,
-) -> Iterator[list[EditRecord]]:
-    """Perform tasks and yield the records of each sequence when its task is finished.
+) -> Iterator[list[list[EditRecord]]]:
+    """Perform tasks and yield of each, when it is finished, the records of its sequences.
 
     Every task computes on one thread, so the results do not depend on the number of workers. Closing the iterator, or
     an exception such as Ctrl-C, ends the workers after the task that each has at hand.
@@ -44,14 +44,14 @@ def perform_all(
     if workers <= 1:
         with one_thread():
             for task in tasks:
-                yield from _sequences(task, workplace)
+                yield _sequences(task, workplace)
         return
     executor = ProcessPoolExecutor(
         workers, mp_context=worker_context(), initializer=_start_worker, initargs=(source, workplace.fingerprint, dtype)
     )
     try:
         for future in as_completed([executor.submit(_perform, task) for task in tasks]):
-            yield from future.result()
+            yield future.result()
     finally:
         executor.shutdown(cancel_futures=True)
 
