@@ -239,6 +239,20 @@ def gemma_counterfact() -> pd.DataFrame:
 
 
 @table
+def gemma_rates() -> pd.DataFrame:
+    """A real model at several learning rates, singly and in rows: the average, and locality in brackets."""
+    rows = read("real/gemma-3-270m-rates")
+    cells: dict[str, list[str]] = {}
+    for (data, method, lr, length), own in rows.groupby(["data", "method", "lr", "T"], sort=False):
+        own = own.set_index("loss").loc[rows.loss.unique()]
+        title = f"{data}, {METHODS[method]}, {lr:g}, T={length}"
+        cells[title] = [f"{row.average:.1f} ({row['loc']:.1f})" for _, row in own.iterrows()]
+    losses = [parse(loss).title for loss in rows.loss.unique()]
+    averages = {loss: list(own) for loss, own in zip(losses, zip(*cells.values(), strict=True), strict=True)}
+    return columns({"data, method, lr, edits in a row": list(cells), **averages})
+
+
+@table
 def anchor_zsre_lora() -> pd.DataFrame:
     """A real model, the second half of ZsRE, with what must stay."""
     return anchored("zsre", "lora")

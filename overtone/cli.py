@@ -7,7 +7,6 @@ quick, where torch alone is installed.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -200,9 +199,12 @@ def _loss(text: str) -> str:
     """A loss, which the run reads; a comma in it may stand between the values of a field, but not beside a name."""
     if "," in text:
         from overtone.token_loss import NAMED_LOSSES
+        from overtone.token_loss.aliases import OLD_LOSSES
 
-        _, *others = (piece.partition(":")[0].strip() for piece in text.split(","))
-        if "," in text.partition(":")[0] or not NAMED_LOSSES.keys().isdisjoint(others):
+        _, *others = text.split(",")
+        names = {piece.strip() for piece in others}
+        is_list = "," in text.partition(":")[0] or any(":" in piece or not piece.strip() for piece in others)
+        if is_list or not names.isdisjoint({*NAMED_LOSSES, *OLD_LOSSES}):
             raise argparse.ArgumentTypeError(f"losses are separated by spaces, not by commas, got {text!r}")
     return text
 
@@ -235,10 +237,6 @@ def _bench(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     problem = _missing("lab") or _unreadable_file(arguments)
     if problem:
         return _fail(problem)
-    from overtone.lab.run.processes import import_ahead
-
-    if arguments.model is None and (arguments.workers is None or arguments.workers > 1) and "RANK" not in os.environ:
-        import_ahead()
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
@@ -313,8 +311,9 @@ def _report(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if (arguments.losses or arguments.seeds) and arguments.out is None:
         return _fail("--losses and --seeds need --out: their report would replace that of all results")
     try:
+        if arguments.out is not None:
+            require_writable(arguments.out)
         report = Report.of(load_results(folder, losses=arguments.losses, seeds=arguments.seeds))
-        require_writable(arguments.out or folder)
         written = write_report(report, arguments.out or folder)
     except (ValueError, OSError) as error:
         return _fail(_said(error))
@@ -333,6 +332,8 @@ def _unreadable_file(arguments: argparse.Namespace) -> str | None:
     """What is wrong with the first published file that cannot be opened."""
     for name in _FILES:
         path = getattr(arguments, name)
+        if path == "":
+            return f"{_option(name)} must be a file that can be read, got '': name one, or leave it out"
         try:
             if path is not None:
                 Path(path).open("rb").close()
@@ -343,9 +344,10 @@ def _unreadable_file(arguments: argparse.Namespace) -> str | None:
 
 def _said(error: Exception) -> str:
     """An error in words: the system's without its number, and one that says nothing by its name."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
+    if isinstance(error, OSError) and error.strerror:
         # Of two names the second is the file that was to be written, the first a partial one.
-        return f"{error.filename2 or error.filename}: {error.strerror}"
+        name = error.filename2 or error.filename
+        return f"{name}: {error.strerror}" if name else error.strerror
     return str(error) or type(error).__name__
 
 

@@ -12,7 +12,9 @@ SCRIPTS = Path(__file__).parent / "distributed"
 TORCHRUN = ("torch.distributed.run", "--standalone")
 
 
-def launch(script: str, *arguments: str, processes: int = 2, launcher: tuple[str, ...] = TORCHRUN) -> str:
+def launch(
+    script: str, *arguments: str, processes: int = 2, launcher: tuple[str, ...] = TORCHRUN, timeout: float = 600
+) -> str:
     """What a script of tests/distributed printed; a rank that fails fails the test."""
     count = f"--{'num_processes' if 'accelerate' in launcher[0] else 'nproc_per_node'}={processes}"
     finished = subprocess.run(
@@ -20,7 +22,7 @@ def launch(script: str, *arguments: str, processes: int = 2, launcher: tuple[str
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=timeout,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]

@@ -84,8 +84,8 @@ class TestDemo:
         monkeypatch.setattr(progress, "SECONDS_A_LINE", 0.0)
         assert demo(tmp_path / "out", "--losses", "cross_entropy", "overtone_held") == 0
         said = capsys.readouterr().err
-        assert [f"{made} of 4 edits made" in said for made in (1, 2, 3, 4)] == [True] * 4
-        assert "4 of 4 edits made, about 0:00:00 left" in said
+        assert [f"{made} of the 4 edits left to make" in said for made in (1, 2, 3, 4)] == [True] * 4
+        assert "about 0:00:00 to go" in said
 
     def test_refuses_a_model_that_does_not_know_its_world(self, lab, tmp_path, capsys):
         lab.knowledge = knowledge(0.98, 0.97)
@@ -117,7 +117,14 @@ class TestMistakes:
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
-        "losses", ["cross_entropy,overtone", "cross_entropy,", "cross_entropy:hold=0.1,overtone:hold=correct,0.1"]
+        "losses",
+        [
+            "cross_entropy,overtone",
+            "cross_entropy,",
+            "cross_entropy:hold=0.1,",
+            "overtone:hold=settled,overtone_held",
+            "overtone:hold=0.1,dft:",
+        ],
     )
     @pytest.mark.parametrize("command", ["demo", "report results"])
     def test_losses_with_commas(self, capsys, command, losses):

@@ -258,7 +258,7 @@ class TestCommand:
         (file := tmp_path / "broken.yaml").write_text("lr: [")
         code, text = run(file)
         assert code == 1
-        assert "not YAML" in text
+        assert "cannot be read as YAML" in text
         (file := tmp_path / "list.yaml").write_text("- 1\n")
         code, text = run(file)
         assert code == 1

@@ -24,4 +24,4 @@ class TestTwoProcesses:
     def test_gradient_is_that_of_one_process(self, launcher):
         """Half the rows in each process, one row all ignored: every engine to 1e-6 of the literal loss."""
         engines = ["ddp", "fsdp2", "accelerator", "trainer"]
-        assert agreed(launch("gradient.py", *engines, launcher=LAUNCHERS[launcher]), engines)
+        assert agreed(launch("gradient.py", *engines, launcher=LAUNCHERS[launcher], timeout=240), engines)

@@ -243,7 +243,7 @@ class TestRun:
         assert asked[0] == asked[1]
         assert [len(own) for own in asked] == [52, 52]
         assert first["others"] == 1.0
-        assert 0.3 < first["facts"] < 0.7
+        assert 0.3 < first["facts (50 of 300 asked)"] < 0.7
 
     def test_a_failed_edit_does_not_end_the_run(self, model, corpora, tmp_path, monkeypatch):
         apply = WeightSession.apply

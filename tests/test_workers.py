@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import signal
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import mini_lab
@@ -17,7 +15,7 @@ import torch
 from overtone.lab.edit.methods import METHODS
 from overtone.lab.model.fingerprint import _weighted_sum, fingerprint
 from overtone.lab.model.workplace import Workplace
-from overtone.lab.run import processes, workers
+from overtone.lab.run import workers
 from overtone.lab.run.task import SequenceTask
 from overtone.lab.run.workers import perform_all
 
@@ -42,20 +40,13 @@ def comparable(sequences):
 
 class TestPerformAll:
     def test_records_do_not_depend_on_the_number_of_workers(self, saved_model):
-        """Two further processes and this one compute the same floats."""
+        """Two spawned processes and this one compute the same floats."""
         path, workplace = saved_model
         alone = sorted(map(comparable, perform_all(workplace, path, TASKS)))
         threads = torch.get_num_threads()
         together = sorted(map(comparable, perform_all(workplace, path, TASKS, workers=2)))
         assert alone == together
         assert torch.get_num_threads() == threads
-
-    @pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="no fork server")
-    def test_workers_start_with_everything_imported(self):
-        """What cannot be imported ahead is passed over in silence, and would cost every worker seconds."""
-        with ProcessPoolExecutor(1, mp_context=processes.worker_context()) as executor:
-            loaded = executor.submit(eval, "list(__import__('sys').modules)").result()
-        assert set(processes.NEEDED) <= set(loaded)
 
     def test_a_worker_refuses_another_model(self, saved_model, monkeypatch):
         """Records of two different models must not be mixed, so the folder is held against what the run began with."""
@@ -69,9 +60,8 @@ class TestPerformAll:
         """A worker would keep the pipe open for ten minutes; it closes when its parent is gone."""
         script = tmp_path / "parent.py"
         script.write_text(
-            "import os, signal, time\n"
+            "import multiprocessing, os, signal, time\n"
             "from types import SimpleNamespace\n"
-            "from overtone.lab.run import processes\n"
             "def work(started):\n"
             "    from overtone.lab.run import workers\n"
             "    workers.Workplace.load = lambda source, **_: SimpleNamespace(fingerprint='same')\n"
@@ -79,7 +69,7 @@ class TestPerformAll:
             "    started.set()\n"
             "    time.sleep(600)\n"
             "if __name__ == '__main__':\n"
-            "    context = processes.worker_context()\n"
+            "    context = multiprocessing.get_context('spawn')\n"
             "    started = context.Event()\n"
             "    context.Process(target=work, args=(started,)).start()\n"
             "    started.wait()\n"

@@ -80,7 +80,7 @@ def examine(path: Path, *, with_easyedit: bool) -> list[Trap]:
     try:
         config = read_yaml(str(path))
     except YAMLError as error:
-        raise ValueError(f"this is not YAML: {error}") from error
+        raise ValueError(f"this cannot be read as YAML of plain values: {error}") from error
     return traps(config, _hparams_class(str(config.get("alg_name"))) if with_easyedit else None)
 
 
@@ -157,6 +157,8 @@ def _unreadable(path: Path, error: OSError | ValueError) -> str:
             f"{path}: EasyEdit adds .yaml to a name without it, and there is no {Path(error.filename).name}; give the "
             "file a name that ends in .yaml"
         )
+    if path.is_dir():
+        return f"FILE must be an hparams file, got the folder {str(path)!r}: name a file in it"
     return f"FILE must be an hparams file that can be read, got {str(path)!r} ({error.strerror})"
 
 

@@ -117,10 +117,7 @@ class NamedModel:
 
     def knowledge(self, corpus: Corpus, seed: int) -> dict[str, float]:
         """See `ModelSource`; asked now, of a sample: a question takes a large model as long as a step of an edit."""
-        groups = {
-            group: Random(f"knowledge {seed} {group}").sample(probes, min(len(probes), ASKED_OF_A_GROUP))
-            for group, probes in corpus.knowledge_probes().items()
-        }
+        groups = dict(_sampled(group, probes, seed) for group, probes in corpus.knowledge_probes().items())
         told = iter(self._answered([probe for probes in groups.values() for probe in probes]))
         return {group: fmean(next(told) for _ in probes) for group, probes in groups.items()}
 
@@ -143,6 +140,14 @@ class NamedModel:
                 f"model {self.name!r} cannot be loaded: {error}; a name on the hub, a folder with a model and its "
                 "tokenizer, or a .gguf file is expected"
             ) from error
+
+
+def _sampled(group: str, probes: Sequence[Probe], seed: int) -> tuple[str, Sequence[Probe]]:
+    """The questions that are asked of a group, whose title then says how many."""
+    if len(probes) <= ASKED_OF_A_GROUP:
+        return group, probes
+    asked = Random(f"knowledge {seed} {group}").sample(probes, ASKED_OF_A_GROUP)
+    return f"{group} ({ASKED_OF_A_GROUP} of {len(probes)} asked)", asked
 
 
 def default_device() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-FORMAT = "overtone bench 2"
+FORMAT = "overtone bench 3"
 """What the header calls itself."""
 
 _OF_MODEL = ("fingerprint", "file", "size")

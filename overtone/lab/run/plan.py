@@ -92,6 +92,8 @@ def _check(settings: RunSettings) -> None:
     for argument, least in at_least_1.items():
         if least < 1:
             raise ValueError(f"{argument} must be at least 1, got {least}")
+    if settings.held_out_texts < 0:
+        raise ValueError(f"held_out_texts must be at least 0, got {settings.held_out_texts}")
     for lr in settings.lrs:
         if not 0 < lr < float("inf"):
             raise ValueError(f"lr must be a number above 0, got {lr}")

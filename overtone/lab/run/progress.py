@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from datetime import timedelta
 
@@ -19,7 +20,7 @@ from rich.progress import (
 from overtone.lab.run.run import Run
 
 SECONDS_A_LINE = 30.0
-"""How often a log, in which no bar can move, gets a line."""
+"""How often a log, in which no bar can move, gets a line at most; edits that share a pass count together."""
 
 
 def perform_with_progress(run: Run) -> None:
@@ -28,12 +29,13 @@ def perform_with_progress(run: Run) -> None:
     left = TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False)
     is_first = run.shard.rank == 0
     console = Console(stderr=True)
+    has_bar = sys.stderr.isatty() and not console.is_dumb_terminal
     with Progress(*columns, *left, console=console, transient=True, disable=not is_first) as progress:
         bar = progress.add_task("editing", total=sum(task.length for task in run.left()))
         told = time.monotonic()
         for edits in run.perform():
             progress.advance(bar, edits)
-            if is_first and not console.is_terminal and time.monotonic() - told >= SECONDS_A_LINE:
+            if is_first and not has_bar and time.monotonic() - told >= SECONDS_A_LINE:
                 told = time.monotonic()
                 console.print(_line(progress.tasks[bar]), highlight=False)
         if is_first and not run.shard.is_alone:
@@ -47,4 +49,4 @@ def _line(task: Task) -> str:
     assert task.elapsed is not None
     # Over the whole run: edits that share a pass end together, and the pace of the last seconds says nothing.
     left = timedelta(seconds=round(task.elapsed / task.completed * (task.total - task.completed)))
-    return f"{task.completed:.0f} of {task.total:.0f} edits made, about {left} left"
+    return f"{task.completed:.0f} of the {task.total:.0f} edits left to make are made, about {left} to go"

@@ -15,7 +15,6 @@ import torch
 
 from overtone.lab.model.workplace import Workplace
 from overtone.lab.results.record import EditRecord
-from overtone.lab.run.processes import worker_context
 from overtone.lab.run.task import SequenceTask
 from overtone.lab.run.together import TogetherTask
 
@@ -46,8 +45,10 @@ def perform_all(
             for task in tasks:
                 yield _sequences(task, workplace)
         return
+    # Spawned, not forked: a fork of a process whose thread pools have run may wait for their locks for ever.
+    context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(
-        workers, mp_context=worker_context(), initializer=_start_worker, initargs=(source, workplace.fingerprint, dtype)
+        workers, mp_context=context, initializer=_start_worker, initargs=(source, workplace.fingerprint, dtype)
     )
     try:
         for future in as_completed([executor.submit(_perform, task) for task in tasks]):
