@@ -253,6 +253,18 @@ def gemma_rates() -> pd.DataFrame:
 
 
 @table
+def easyedit_gemma() -> pd.DataFrame:
+    """EasyEdit's own trainers on a real model, with the key and without it."""
+    rows = read("real/easyedit-gemma")
+    differences = [
+        "" if pd.isna(row.difference) else f"{row.difference:+.1f} ({row['standard error']:.1f})"
+        for _, row in rows.iterrows()
+    ]
+    named = {"method": rows.method.tolist(), "`token_loss`": rows.token_loss.tolist()}
+    return columns(named | by_measure(rows) | {"difference an edit (standard error)": differences})
+
+
+@table
 def anchor_zsre_lora() -> pd.DataFrame:
     """A real model, the second half of ZsRE, with what must stay."""
     return anchored("zsre", "lora")
