@@ -62,8 +62,9 @@ def workplace(framework, models):
     return Workplace.load(models["llama"])
 
 
-MAY_MISS = ("rome", "memit")
-"""What these put into a random model brings the target out or not, by the rounding of the processor."""
+SEEDS = {"rome": range(8), "memit": range(8)}
+"""Of the prefixes that they write themselves: in a random model some bring the target out, and which ones do depends on
+the rounding of the processor."""
 
 
 @torch.no_grad()
@@ -91,7 +92,7 @@ class TestEverySession:
 
     @pytest.mark.parametrize("method", ALGORITHMS)
     def test_edits_and_restores(self, workplace, method):
-        """The target becomes likelier on the session's model (see MAY_MISS), and nothing outside it changes."""
+        """The target becomes likelier on the session's model (with some seed), and nothing outside it changes."""
         model, tokenizer = workplace.model, workplace.tokenizer
         examination = examine(model, tokenizer, EDIT)
         model.get_parameter("model.norm.weight").requires_grad_(False)
@@ -99,11 +100,13 @@ class TestEverySession:
         modules = [(name, type(module), module.training) for name, module in model.named_modules()]
         config, outside = model.config.to_dict(), process_state()
         before = loss_of(model, tokenizer, EDIT)
-        with open_easyedit_session(workplace, method, 0, TEXTS) as session:
-            trace = session.apply(EDIT, CROSS_ENTROPY)
-            after = loss_of(session.model, tokenizer, EDIT)
-            assert after < before or (method in MAY_MISS and after != before)
-            scores = score(session.model, tokenizer, examination)
+        after = []
+        for seed in SEEDS.get(method, (0,)):
+            with open_easyedit_session(workplace, method, seed, TEXTS) as session:
+                trace = session.apply(EDIT, CROSS_ENTROPY)
+                after.append(loss_of(session.model, tokenizer, EDIT))
+                scores = score(session.model, tokenizer, examination)
+        assert min(after) < before
         assert trace.steps > 0
         assert trace.ended in ("steps", "stopped")
         assert set(scores.accuracy) == {"rel", "gen", "loc"}
@@ -158,14 +161,16 @@ class TestEverySession:
         assert together == alone
 
     def test_gpt2(self, framework, models):
-        """The other way to build a model, on which WISE finds its edit too rarely to be asked for it (see MAY_MISS)."""
+        """The other way to build a model, on which WISE finds its edit too rarely to be asked for it."""
         workplace = Workplace.load(models["gpt2"])
         for method in ALGORITHMS:
             before = loss_of(workplace.model, workplace.tokenizer, EDIT)
-            with open_easyedit_session(workplace, method, 0, TEXTS) as session:
-                session.apply(EDIT, CROSS_ENTROPY)
-                after = loss_of(session.model, workplace.tokenizer, EDIT)
-                assert after < before or method == "easyedit-wise" or (method in MAY_MISS and after != before), method
+            after = []
+            for seed in SEEDS.get(method, (0,)):
+                with open_easyedit_session(workplace, method, seed, TEXTS) as session:
+                    session.apply(EDIT, CROSS_ENTROPY)
+                    after.append(loss_of(session.model, workplace.tokenizer, EDIT))
+            assert min(after) < before or method == "easyedit-wise", method
             workplace.require_restored(method)
 
     def test_other_models_are_refused(self, workplace):
