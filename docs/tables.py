@@ -20,6 +20,7 @@ from scipy import stats
 
 from overtone.config import PRESETS, RECOMMENDED, OverToneConfig
 from overtone.lab.edit.compared import ABLATIONS, COMPARED
+from overtone.lab.report.titles import data_title
 from overtone.token_loss import parse
 
 ROOT = Path(__file__).parent.parent
@@ -245,7 +246,7 @@ def gemma_rates() -> pd.DataFrame:
     cells: dict[str, list[str]] = {}
     for (data, method, lr, length), own in rows.groupby(["data", "method", "lr", "T"], sort=False):
         own = own.set_index("loss").loc[rows.loss.unique()]
-        title = f"{data}, {METHODS[method]}, {lr:g}, T={length}"
+        title = f"{data_title(data)}, {METHODS[method]}, {lr:g}, T={length}"
         cells[title] = [f"{row.average:.1f} ({row['loc']:.1f})" for _, row in own.iterrows()]
     losses = [parse(loss).title for loss in rows.loss.unique()]
     averages = {loss: list(own) for loss, own in zip(losses, zip(*cells.values(), strict=True), strict=True)}
@@ -255,13 +256,15 @@ def gemma_rates() -> pd.DataFrame:
 @table
 def easyedit_gemma() -> pd.DataFrame:
     """EasyEdit's own trainers on a real model, with the key and without it."""
-    rows = read("real/easyedit-gemma")
-    differences = [
-        "" if pd.isna(row.difference) else f"{row.difference:+.1f} ({row['standard error']:.1f})"
-        for _, row in rows.iterrows()
-    ]
-    named = {"method": rows.method.tolist(), "`token_loss`": rows.token_loss.tolist()}
-    return columns(named | by_measure(rows) | {"difference an edit (standard error)": differences})
+    edits = read("real/easyedit-gemma").set_index(["method", "token_loss", "case"])
+    edits["average"] = edits.mean(axis=1)
+    means = edits.groupby(level=["method", "token_loss"], sort=False).mean().reset_index()
+    differences = []
+    for method, token_loss in zip(means.method, means.token_loss, strict=True):
+        gains = edits.average[method, token_loss] - edits.average[method, "no key"]
+        differences.append("" if token_loss == "no key" else f"{gains.mean():+.1f} ({gains.sem():.1f})")
+    named = {"method": means.method.tolist(), "`token_loss`": means.token_loss.tolist()}
+    return columns(named | by_measure(means) | {"difference an edit (standard error)": differences})
 
 
 @table

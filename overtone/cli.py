@@ -198,15 +198,20 @@ def _option(name: str) -> str:
 def _loss(text: str) -> str:
     """A loss, which the run reads; a comma in it may stand between the values of a field, but not beside a name."""
     if "," in text:
-        from overtone.token_loss import NAMED_LOSSES
-        from overtone.token_loss.aliases import OLD_LOSSES
-
-        _, *others = text.split(",")
-        names = {piece.strip() for piece in others}
-        is_list = "," in text.partition(":")[0] or any(":" in piece or not piece.strip() for piece in others)
-        if is_list or not names.isdisjoint({*NAMED_LOSSES, *OLD_LOSSES}):
+        _, *others = (piece.strip() for piece in text.split(","))
+        if "," in text.partition(":")[0] or any(not piece or ":" in piece or _is_loss(piece) for piece in others):
             raise argparse.ArgumentTypeError(f"losses are separated by spaces, not by commas, got {text!r}")
     return text
+
+
+def _is_loss(text: str) -> bool:
+    from overtone.token_loss import parse
+
+    try:
+        parse(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _names(text: str) -> tuple[str, ...]:

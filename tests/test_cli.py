@@ -16,7 +16,7 @@ from overtone.lab.model import sources
 from overtone.lab.model.knowledge import Knowledge
 from overtone.lab.model.pretrain import LabModel
 from overtone.lab.results import files
-from overtone.lab.results.folder import EDITS, HEADER
+from overtone.lab.results.folder import EDITS, HEADER, ResultsFolder
 from overtone.lab.run import plan, progress
 
 
@@ -78,6 +78,7 @@ class TestDemo:
         table = pd.read_csv(tmp_path / "out" / "table1.csv")
         assert table["loss"].tolist() == ["cross_entropy", "overtone:hold=settled"]
         assert table["edits"].tolist() == [2, 2]
+        assert {made.perplexity for made in ResultsFolder(tmp_path / "out").read_all()[1]} == {None}
         assert (tmp_path / "out" / "overfitting.png").stat().st_size > 10_000
 
     def test_a_log_gets_lines_where_no_bar_can_move(self, lab, tmp_path, capsys, monkeypatch):

@@ -264,6 +264,12 @@ class TestCommand:
         assert code == 1
         assert "expected a mapping" in text
 
+    def test_a_folder(self, run, standin, tmp_path):
+        (tmp_path / "hparams").mkdir()
+        code, text = run(tmp_path / "hparams")
+        assert code == 1
+        assert "name a file in it" in text
+
     def test_a_name_without_yaml(self, run, standin, tmp_path):
         """EasyEdit looks for lora.yml.yaml, whatever is there."""
         (file := tmp_path / "lora.yml").write_text("alg_name: LoRA\n")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from overtone.lab.edit.methods import METHODS
-from overtone.lab.model.fingerprint import _weighted_sum, fingerprint
+from overtone.lab.model.fingerprint import _checksum, _weighted_sum, fingerprint
 from overtone.lab.model.workplace import Workplace
 from overtone.lab.run import workers
 from overtone.lab.run.task import SequenceTask
@@ -94,3 +94,7 @@ class TestFingerprint:
         before = _weighted_sum(words)
         words[5] += 1
         assert _weighted_sum(words) != before
+
+    def test_sees_any_change_of_a_word_of_eight_bytes(self):
+        """CRC-32 alone does not: its polynomial, shifted into the upper half, leaves it as it was."""
+        assert _checksum(torch.tensor([0x1DB710641])) != _checksum(torch.zeros(1, dtype=torch.int64))

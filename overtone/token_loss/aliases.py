@@ -8,9 +8,6 @@ from typing import Any
 from overtone.hold import HoldValue
 from overtone.old_hold_names import OLD_NAMES, replace_old_names
 
-OLD_LOSSES = ("early_stopping", "overtone_held")
-"""Names of losses that are spelled otherwise now."""
-
 
 def modernise(name: str, fields: dict[str, Any], hold: HoldValue) -> tuple[str, dict[str, Any]]:
     """The name and the fields in the words of today, still unjudged.
