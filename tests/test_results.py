@@ -21,9 +21,24 @@ RECORDS = [
     record(loss="overtone", answers={"a": 1.0}),
 ]
 
+MODEL = HEADER["models"][0]
+
+MISSING = object()
+
 
 def header(**changes):
     return {**HEADER, "data": ["short"], "methods": ["lora"], "losses": ["overtone"], **changes}
+
+
+def _check_refused(folder, changes, named, read):
+    """The file is refused by name, with the fields and what to do, and stays as it was."""
+    file = folder / HEADER_FILE
+    changed = {**json.loads(file.read_text()), **changes}
+    text = json.dumps({name: value for name, value in changed.items() if value is not MISSING})
+    file.write_text(text)
+    with pytest.raises(ValueError, match=rf"{HEADER_FILE} .* wrong type: {named}\): .* remove this file"):
+        read(folder)
+    assert file.read_text() == text
 
 
 class TestSequences:
@@ -113,6 +128,35 @@ class TestHeader:
         with pytest.raises(ValueError, match=f"{HEADER_FILE} is not .*: choose another folder"):
             ResultsFolder(tmp_path).begin(header())
         assert (tmp_path / HEADER_FILE).read_text() == text
+
+    @pytest.mark.parametrize("name", ["data", "methods", "losses", "commands", "versions", "machine", "recommended"])
+    @pytest.mark.parametrize("read", [load_results, lambda folder: ResultsFolder(folder).begin(header())])
+    def test_a_field_that_is_missing_is_named(self, tmp_path, name, read):
+        _check_refused(write(tmp_path, RECORDS[:2]), {name: MISSING}, name, read)
+
+    @pytest.mark.parametrize(
+        ("changes", "field"),
+        [
+            ({"held_out_texts": MISSING}, "held_out_texts"),
+            ({"held_out_texts": None}, "held_out_texts"),
+            ({"losses": "overtone"}, "losses"),
+            ({"versions": ["2"]}, "versions"),
+            ({"models": MISSING}, "models"),
+            ({"models": {}}, "models"),
+            ({"models": ["llama"]}, r"models\[0\]"),
+            *[
+                ({"models": [{key: value for key, value in MODEL.items() if key != name}]}, rf"models\[0\].{name}")
+                for name in MODEL
+            ],
+            ({"models": [MODEL, {**MODEL, "knowledge": 0.9}]}, r"models\[1\].knowledge"),
+        ],
+    )
+    def test_a_field_of_another_type_and_one_of_a_model_are_named(self, tmp_path, changes, field):
+        _check_refused(write(tmp_path, RECORDS[:2]), changes, field, load_results)
+
+    def test_all_that_is_wrong_is_named_at_once(self, tmp_path):
+        changes = {"losses": MISSING, "machine": 2, "models": [{**MODEL, "seed": "0"}]}
+        _check_refused(write(tmp_path, RECORDS[:2]), changes, r"losses, machine, models\[0\].seed", load_results)
 
     def test_a_command_that_begins_at_the_same_time_is_kept(self, tmp_path, monkeypatch):
         """Its header is written in place of this one's, from what both had read before."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from overtone.lab.results.files import write_whole
-from overtone.lab.results.header import FORMAT, merged
+from overtone.lab.results.header import merged, require_header
 from overtone.lab.results.record import EditRecord, SequenceKey
 
 HEADER, EDITS = "run.json", "edits"
@@ -74,8 +74,7 @@ class ResultsFolder:
         if not path.exists():
             raise FileNotFoundError(f"there are no results in {str(self.folder)!r}: {HEADER} is missing")
         header = _read(path, dict)
-        if header.get("format") != FORMAT:
-            raise ValueError(f"{path} is not of this version of overtone ({FORMAT})")
+        require_header(header, path)
         return header, [record for file in sorted(self._edits.glob("*.json")) for record in _records(file)]
 
     def _path(self, key: SequenceKey) -> Path:

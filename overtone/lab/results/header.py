@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,57 @@ _OF_MODEL = ("fingerprint", "file", "size")
 _GROWING = ("commands", "data", "methods", "losses")
 """Lists to which another command may add."""
 
+_FIELDS = {
+    **dict.fromkeys(_GROWING, (list,)),
+    "versions": (dict,),
+    "machine": (str,),
+    "recommended": (dict,),
+    "held_out_texts": (int,),
+    "models": (list,),
+}
+"""What every header has, and of which types."""
+
+_MODEL_FIELDS = {
+    "data": (str,),
+    "seed": (int,),
+    "title": (str,),
+    "knowledge": (dict,),
+    "perplexity": (float, int, type(None)),
+    "fingerprint": (str,),
+    "file": (str, type(None)),
+    "size": (int, type(None)),
+}
+"""The same of each of its models."""
+
+
+def require_header(header: dict[str, Any], path: Path) -> None:
+    """Check that a file has what is read of a header.
+
+    Args:
+        header: the JSON object in the file.
+        path: the file, for messages.
+
+    Raises:
+        ValueError: it is of another version, or a field is missing or of another type.
+    """
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} is not of this version of overtone ({FORMAT}): choose another folder")
+    wrong = _wrong(header, _FIELDS)
+    if "models" not in wrong:
+        for number, model in enumerate(header["models"]):
+            fields = _wrong(model, _MODEL_FIELDS) if isinstance(model, dict) else [""]
+            wrong += [f"models[{number}]{field and '.'}{field}" for field in fields]
+    if wrong:
+        raise ValueError(
+            f"{path} is not as overtone wrote it (missing or of the wrong type: {', '.join(wrong)}): "
+            "choose another folder, or remove this file"
+        )
+
+
+def _wrong(values: dict[str, Any], fields: Mapping[str, tuple[type, ...]]) -> list[str]:
+    # What is missing is of no type at all, also where None is one.
+    return [name for name, types in fields.items() if not isinstance(values.get(name, ...), types)]
+
 
 def merged(earlier: dict[str, Any], now: dict[str, Any], path: Path) -> dict[str, Any]:
     """The header of both runs.
@@ -24,10 +76,10 @@ def merged(earlier: dict[str, Any], now: dict[str, Any], path: Path) -> dict[str
         path: the file of the earlier header, for messages.
 
     Raises:
-        ValueError: the edits of the two depend on different things, so they must not be mixed.
+        ValueError: as `require_header` for the earlier one, or the edits of the two depend on different things, so
+            they must not be mixed.
     """
-    if earlier.get("format") != FORMAT:
-        raise ValueError(f"{path} is not of this version of overtone ({FORMAT}): choose another folder")
+    require_header(earlier, path)
     before, after = _dependencies(earlier), _dependencies(now)
     different = sorted(key for key in before.keys() & after if before[key] != after[key])
     if different:
