@@ -35,6 +35,10 @@ def task(loss="cross_entropy", edits=None, method="ft-m", settings=None, **chang
     return SequenceTask("short", 0, method, settings, loss, 3, edits=edits, held_out_texts=HELD_OUT, **changes)
 
 
+def scoring(**changes):
+    return lambda *given, **how: dataclasses.replace(score(*given, **how), **changes)
+
+
 class TestSession:
     @pytest.mark.parametrize("method", ["lora", "ft-m"])
     def test_edits_add_up_and_end_with_the_session(self, workplace, method):
@@ -157,14 +161,18 @@ class TestFailures:
         """The accuracies of an edit that broke the model's other knowledge still count."""
         expected = task().perform(workplace)
         monkeypatch.setattr(task_module, "perplexity", lambda *arguments: value)
-        monkeypatch.setattr(task_module, "score", lambda *given: dataclasses.replace(score(*given), kl=value))
+        monkeypatch.setattr(
+            task_module, "score", lambda *given, **how: dataclasses.replace(score(*given, **how), kl=value)
+        )
         for found, sound in zip(task().perform(workplace), expected, strict=True):
             assert (found.perplexity, found.error) == (None, None)
             assert found.scores == dataclasses.replace(sound.scores, kl=None)
 
     def test_scores_that_are_no_numbers_are_a_failure(self, workplace, monkeypatch):
         """The update after the last look at the loss can still break the model."""
-        monkeypatch.setattr(task_module, "score", lambda *given: dataclasses.replace(score(*given), p_new=math.nan))
+        monkeypatch.setattr(
+            task_module, "score", lambda *given, **how: dataclasses.replace(score(*given, **how), p_new=math.nan)
+        )
         self.assert_not_finite(task(edits=(mini_lab.edit(),)).perform(workplace))
 
     def test_answers_that_are_no_numbers_are_a_failure(self, workplace, monkeypatch):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from overtone.lab.data.edit import Edit
-from overtone.lab.edit.methods import MethodSettings
+from overtone.lab.edit.methods import METHODS, MethodSettings
 from overtone.lab.edit.sessions import open_session
 from overtone.lab.model.workplace import Workplace
 from overtone.lab.results.record import EditRecord, SequenceKey, settings_text
@@ -102,8 +102,10 @@ class SequenceTask:
             fitted = [session.apply(edit, loss, observe) for edit in self.edits]
             if tracer is not None:
                 tracer.record(fitted[-1].steps)
+            is_own = self.method in METHODS  # and so changes weights alone
             scores = [
-                with_finite_kl(score(session.model, workplace.tokenizer, examination)) for examination in examinations
+                with_finite_kl(score(session.model, workplace.tokenizer, examination, in_one_pass=is_own))
+                for examination in examinations
             ]
             answers = [
                 ask(session.model, workplace.tokenizer, edit, self.seed) if edit.questions else {}

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from overtone.lab.data.edit import Edit, Probe
-from overtone.lab.model.completion import complete, is_exact_match
+from overtone.lab.model.completion import complete
 from overtone.lab.model.targets import TargetBatch, encode_targets, target_logits
+from overtone.lab.score.exact import Wanted, is_plain, says, want
 
 MEASURES = ("rel", "gen", "por", "loc")
 """Reliability (the edited prompt), generality (rephrased), portability (reasoning from it), locality (all else)."""
@@ -72,16 +73,16 @@ class Examination:
         measures: which of `MEASURES` a probe counts towards.
         batch: the probes' texts, and after them the edited prompt with the old target, where there is one.
         unedited: the unedited model's log-probabilities (N, V) at the N target tokens of every text.
-        unedited_completions: what it says after every probe's prompt.
         max_new_tokens: how far completions go.
+        wanted: what an edited model should say after every probe's prompt.
     """
 
     probes: tuple[Probe, ...]
     measures: tuple[str, ...]
     batch: TargetBatch
     unedited: tuple[Tensor, ...]
-    unedited_completions: tuple[str, ...]
     max_new_tokens: int
+    wanted: tuple[Wanted, ...]
 
 
 def what_to_ask(edit: Edit) -> tuple[tuple[Probe, ...], tuple[str, ...], list[tuple[str, str]]]:
@@ -111,39 +112,51 @@ def examine(model: Any, tokenizer: Any, edit: Edit) -> Examination:
     batch = encode_targets(tokenizer, pairs, model.device)
     # Room for the closing full stop and the end-of-sequence token: an answer that runs on is not an exact match.
     max_new_tokens = max(map(len, batch.targets)) + 2
+    completions = complete(model, tokenizer, [probe.prompt for probe in probes], max_new_tokens)
     return Examination(
         probes=probes,
         measures=measures,
         batch=batch,
         unedited=teacher_forced(model, batch),
-        unedited_completions=tuple(complete(model, tokenizer, [probe.prompt for probe in probes], max_new_tokens)),
         max_new_tokens=max_new_tokens,
+        wanted=tuple(
+            want(tokenizer, probe.prompt, said, max_new_tokens)
+            if measure == "loc"
+            else want(tokenizer, probe.prompt, f"{probe.target.strip().rstrip('.')}.", max_new_tokens, probe)
+            for probe, measure, said in zip(probes, measures, completions, strict=True)
+        ),
     )
 
 
-def score(model: Any, tokenizer: Any, examination: Examination) -> Scores:
-    """Score an edited model: one teacher-forced pass and one generation over all probes of the edit.
+def score(model: Any, tokenizer: Any, examination: Examination, *, in_one_pass: bool = False) -> Scores:
+    """Score an edited model: one teacher-forced pass, and what it says on its own after all probes of the edit.
 
     Args:
         model: the edited model, in evaluation mode.
         tokenizer: its tokenizer.
         examination: made by `examine` from the unedited model.
+        in_one_pass: find most of what it says in one pass instead of generating it (`overtone.lab.score.exact`), with
+            the same result where a prediction depends on nothing but the tokens before it. A method that treats the end
+            of the prompt in its own way must generate.
     """
     forced, targets = teacher_forced(model, examination.batch), examination.batch.targets
-    completions = complete(model, tokenizer, [probe.prompt for probe in examination.probes], examination.max_new_tokens)
+    wanted, max_new_tokens = examination.wanted, examination.max_new_tokens
+    if in_one_pass and is_plain(model):
+        is_right = says(model, tokenizer, wanted, max_new_tokens)
+    else:
+        completions = complete(model, tokenizer, [one.prompt for one in wanted], max_new_tokens)
+        is_right = [one.is_met(said) for one, said in zip(wanted, completions, strict=True)]
     accuracy: list[ProbeValue] = []
     exact_match: list[ProbeValue] = []
     divergence: list[ProbeValue] = []
     for row, (probe, measure) in enumerate(zip(examination.probes, examination.measures, strict=True)):
         log_probs, unedited = forced[row], examination.unedited[row]
         if measure == "loc":
-            is_right = completions[row] == examination.unedited_completions[row]
             accuracy.append((measure, probe.kind, token_agreement(log_probs, unedited.argmax(dim=-1))))
             divergence.append((measure, probe.kind, kl_divergence(unedited, log_probs)))
         else:
-            is_right = is_exact_match(completions[row], probe)
             accuracy.append((measure, probe.kind, token_agreement(log_probs, targets[row])))
-        exact_match.append((measure, probe.kind, float(is_right)))
+        exact_match.append((measure, probe.kind, float(is_right[row])))
     return Scores(
         accuracy=by_measure(accuracy),
         accuracy_by_kind=by_kind(accuracy),
