@@ -20,6 +20,7 @@ from scipy import stats
 
 from overtone.config import PRESETS, RECOMMENDED, OverToneConfig
 from overtone.lab.edit.compared import ABLATIONS, COMPARED
+from overtone.lab.report.statistics import bootstrap_difference
 from overtone.lab.report.titles import data_title
 from overtone.token_loss import parse
 
@@ -32,7 +33,9 @@ MEASURES = {"rel": "Rel", "gen": "Gen", "por": "Por", "loc": "Loc", "average": "
 METHODS = {"lora": "LoRA", "ft-m": "FT-M", "easyedit-ft": "EasyEdit's FT-M", "easyedit-lora": "EasyEdit's LoRA"}
 METHODS |= {"easyedit-melo": "EasyEdit's MELO", "easyedit-wise": "EasyEdit's WISE"}
 STOPS = ("0.3", "0.5", "1", "correct")
-LOSSES = (*COMPARED[:2], *(f"cross_entropy:hold={stop}" for stop in STOPS), *COMPARED[2:])
+EARLIER = "earlier_recommended"
+"""What was recommended when a file was made; examples/results/README.md has the settings."""
+LOSSES = (*COMPARED[:2], *(f"cross_entropy:hold={stop}" for stop in STOPS), *COMPARED[2:], EARLIER)
 """The losses that a table shows, in its order: those that the lab compares, and cross-entropy stopped elsewhere."""
 
 Builder = Callable[[], pd.DataFrame]
@@ -79,7 +82,12 @@ def shown(frame: pd.DataFrame, losses: Sequence[str] = LOSSES) -> pd.DataFrame:
 
 def with_titles(frame: pd.DataFrame) -> pd.DataFrame:
     """The titles of the losses in a column of their own."""
-    return frame.assign(title=[parse(loss).title for loss in frame.loss])
+    return frame.assign(title=[title_of(loss) for loss in frame.loss])
+
+
+def title_of(loss: str) -> str:
+    """As the lab's reports have it."""
+    return "OverTone, recommended earlier" if loss == EARLIER else parse(loss).title
 
 
 def columns(titled: dict[str, list[str]]) -> pd.DataFrame:
@@ -105,15 +113,15 @@ def demo() -> pd.DataFrame:
 
 
 def against_best_stop(rows: pd.DataFrame) -> dict[str, list[str]]:
-    """Of rows of one method and one set of columns: plain, stopped, recommended."""
+    """Of rows of one method and one set of columns: plain, stopped, what was recommended earlier."""
     loss = rows.set_index("loss")
-    ours = loss.loc["overtone_recommended"]
+    ours = loss.loc[EARLIER]
     stop = f"{ours['best single stop']:g}"
     return {
         "cross-entropy": [number(loss.average["cross_entropy"])],
         "held at its best single threshold": [f"{number(loss.average[f'cross_entropy:hold={stop}'])} (at {stop})"],
-        "recommended": [number(ours.average)],
-        "recommended minus that": [difference(ours)],
+        "recommended earlier": [number(ours.average)],
+        "minus that": [difference(ours)],
     }
 
 
@@ -130,23 +138,69 @@ PUBLISHED = "wikibio T=1; zsre T=1"
 
 @table
 def what_to_expect() -> pd.DataFrame:
-    """The real model first, then the small ones."""
-    one = read("one-setting")
-    parts = [real_against_best_stop(data, title) for data, title in (("zsre", "ZsRE"), ("counterfact", "CounterFact"))]
-    for method, where in (
-        ("lora", WORLDS),
-        ("ft-m", WORLDS),
-        ("easyedit-lora", EASYEDIT_WORLDS),
-        ("easyedit-ft", EASYEDIT_WORLDS),
-        ("easyedit-melo", "short T=1; short T=10"),
-        ("easyedit-wise", "short T=1; short T=10"),
-        ("lora", PUBLISHED),
-        ("ft-m", PUBLISHED),
-    ):
-        rows = one[(one.method == method) & (one["columns"] == where)]
-        model = "small models, published files" if where == PUBLISHED else "small models, invented facts"
-        parts.append(columns({"model and data": [model], "method": [METHODS[method]]} | against_best_stop(rows)))
-    return pd.concat(parts)
+    """A real model: the threshold that is best for a method in all its cells, and the recommended settings."""
+    cells = held_cells()
+    return columns(
+        {
+            "data": cells.data.map(data_title).tolist(),
+            "method, learning rate": (cells.method.map(METHODS) + cells.lr.map(", {:g}".format)).tolist(),
+            "edits": cells.edits.astype(str).tolist(),
+            "cross-entropy held at its best single threshold": [
+                f"{row.best:.1f} (at {row.threshold})" for row in cells.itertuples()
+            ],
+            "recommended": cells.ours.map(number).tolist(),
+            "difference": [difference(row) for _, row in cells.iterrows()],
+        }
+    )
+
+
+def held_cells() -> pd.DataFrame:
+    """Of each data, method, learning rate and T: averages by loss, and the recommended settings minus the threshold."""
+    edits = read("real/gemma-3-270m-held")
+    edits["average"] = edits[["rel", "gen", "por", "loc"]].mean(axis=1)
+    cell, edit = ["data", "method", "lr", "T"], ["sequence", "position"]
+    wide_edits = edits.pivot(index=[*cell, *edit], columns="loss", values="average")
+    means = wide_edits.groupby(level=cell, sort=False).mean()
+    is_stop = means.columns.str.match(r"cross_entropy:hold=[\d.]+$")
+    best = means.loc[:, is_stop].groupby(level="method").mean().idxmax(axis=1)
+    found = []
+    for key, own in wide_edits.groupby(level=cell, sort=False):
+        place = dict(zip(cell, key, strict=True))
+        stop = best[place["method"]]
+        gain = bootstrap_difference(
+            (own["overtone_recommended"] - own[stop]).to_numpy()[:, None], own.index.get_level_values("sequence")
+        )
+        place |= {"threshold": stop.partition("=")[2], "best": own[stop].mean(), "edits": len(own)}
+        place |= {
+            "ours": own["overtone_recommended"].mean(),
+            "difference": gain.mean,
+            "clear": bool(gain.excludes_zero),
+        }
+        found.append(place | {"difference low": gain.low, "difference high": gain.high} | dict(means.loc[key]))
+    return pd.DataFrame(found)
+
+
+@table
+def gemma_held() -> pd.DataFrame:
+    """A real model, each method at several learning rates: averages by loss."""
+    cells = held_cells()
+    losses = [loss for loss in read("real/gemma-3-270m-held").loss.unique() if loss in cells]
+    names = [
+        f"{data_title(row.data)}, {METHODS[row.method]}, {row.lr:g} ({row.edits} edits)" for _, row in cells.iterrows()
+    ]
+    shown_losses = {title_of(loss): cells[loss].map(number).tolist() for loss in losses}
+    gains = [difference(row) for _, row in cells.iterrows()]
+    return columns({"data, method, lr": names} | shown_losses | {"recommended minus a threshold": gains})
+
+
+@table
+def gemma_choice() -> pd.DataFrame:
+    """How LoRA's hold was chosen."""
+    edits = read("real/gemma-3-270m-choice")
+    edits["average"] = edits[["rel", "gen", "por", "loc"]].mean(axis=1)
+    means = edits.pivot_table(index="loss", columns="data", values="average")
+    texts = {data_title(data): means[data].map(number).tolist() for data in ("zsre", "counterfact")}
+    return columns({"loss": [f"`{loss}`" for loss in means.index]} | texts)
 
 
 @table
@@ -155,14 +209,12 @@ def one_setting() -> pd.DataFrame:
     parts = []
     one = read("one-setting").sort_values("method", key=lambda column: column.map([*METHODS].index), kind="stable")
     for (method, where), rows in one.groupby(["method", "columns"], sort=False):
-        ours = rows[rows.loss == "overtone_recommended"].iloc[0]
+        ours = rows[rows.loss == EARLIER].iloc[0]
         each = "difference to best of each column"
         row = {"method": [METHODS[method]], "averaged over": [where.replace(";", ",")]} | against_best_stop(rows)
         row |= at_first_choice(rows)
         parts.append(
-            columns(
-                row | {"recommended minus the best threshold of each column": [difference(ours, each, f"{each} clear")]}
-            )
+            columns(row | {"minus the best threshold of each column": [difference(ours, each, f"{each} clear")]})
         )
     return pd.concat(parts)
 
@@ -171,11 +223,13 @@ def averages(name: str, method: str, cells: list[tuple[str, int]]) -> pd.DataFra
     """Losses by data and T, then the best stop of each column and the distance to it."""
     rows = read(name).query(f"method == {method!r}")
     losses = [loss for loss in LOSSES if loss in set(rows.loss)]
-    titles = [parse(loss).title for loss in losses]
-    found = {METHODS[method]: [*titles, "*cross-entropy at this column's best threshold*", "*recommended minus it*"]}
+    titles = [title_of(loss) for loss in losses]
+    found = {
+        METHODS[method]: [*titles, "*cross-entropy at this column's best threshold*", "*recommended earlier, minus it*"]
+    }
     for data, length in cells:
         loss = rows[(rows.data == data) & (rows["T"] == length)].set_index("loss")
-        ours = loss.loc["overtone_recommended"]
+        ours = loss.loc[EARLIER]
         stop = f"{ours['best stop']:g}"
         best = f"{number(loss.average[f'cross_entropy:hold={stop}'])} (at {stop})"
         averages = [number(loss.average.get(name, float("nan"))) for name in losses]
@@ -209,22 +263,6 @@ def published_lora() -> pd.DataFrame:
 def published_ft_m() -> pd.DataFrame:
     """ZsRE and WikiBio, the lab's FT-M."""
     return averages("published", "ft-m", PUBLISHED_CELLS)
-
-
-def real_against_best_stop(data: str, title: str) -> pd.DataFrame:
-    """The row of a real model in `what_to_expect`."""
-    rows = read("real/gemma-3-270m-lora").query(f"data == {data!r}").set_index("loss")
-    stops = rows.average[rows.index.str.match(r"cross_entropy:hold=[\d.]+$")]
-    return columns(
-        {
-            "model and data": [f"Gemma 3 270M, {title}"],
-            "method": ["LoRA"],
-            "cross-entropy": [number(rows.average["cross_entropy"])],
-            "held at its best single threshold": [f"{number(stops.max())} (at {stops.idxmax().partition('=')[2]})"],
-            "recommended": [number(rows.average["overtone_recommended"])],
-            "recommended minus that": [difference(rows.loc["overtone_recommended"])],
-        }
-    )
 
 
 @table
@@ -326,9 +364,9 @@ def mquake() -> pd.DataFrame:
                     "several hops": rows["multi-hop, greedy"].map(number).tolist(),
                     "average": [with_interval(row, "average") for _, row in rows.iterrows()],
                     "token accuracy": rows["token accuracy"].map(number).tolist(),
-                    "recommended minus the best baseline": [
+                    "recommended earlier, minus the best baseline": [
                         difference(row, "difference to best baseline", "difference to best baseline clear")
-                        if row.loss == "overtone_recommended"
+                        if row.loss == EARLIER
                         else ""
                         for _, row in rows.iterrows()
                     ],

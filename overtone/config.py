@@ -53,9 +53,9 @@ class OverToneConfig:
     def recommended(cls, method: str, **changes: Any) -> OverToneConfig:
         """What edited best in our own experiments, beyond the paper, with any of it changed by name.
 
-        Every target is half the true token and half the model's own filtered distribution, and a step is held as soon
-        as every label is the model's first choice; for "ft-m" the paper's check and clip stay, and a step is held once,
-        besides, the mean KL is at or below 0.2.
+        Every target is half the true token and half the model's own filtered distribution, and a step is held once
+        every label is the model's first choice and the mean KL is at or below 0.3; for "ft-m" the paper's check and
+        clip stay, and it is 0.2.
 
         Args:
             method: "ft-m", "lora", "melo" or "wise".
@@ -96,12 +96,12 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 """The paper's values, by method."""
 
-_UNTIL_CORRECT = {"epsilon": 0.0, "lam": 0.5, "check": False, "hold": "correct"}
+_UNCLIPPED = {"epsilon": 0.0, "lam": 0.5, "check": False, "hold": ("correct", 0.3)}
 
 RECOMMENDED: dict[str, dict[str, Any]] = {
     "ft-m": {**PRESETS["ft-m"], "lam": 0.5, "hold": ("correct", 0.2)},
-    "lora": {**PRESETS["lora"], **_UNTIL_CORRECT},
-    "melo": {**PRESETS["melo"], **_UNTIL_CORRECT},
-    "wise": {**PRESETS["wise"], **_UNTIL_CORRECT},
+    "lora": {**PRESETS["lora"], **_UNCLIPPED},
+    "melo": {**PRESETS["melo"], **_UNCLIPPED},
+    "wise": {**PRESETS["wise"], **_UNCLIPPED},
 }
 """Ours, by method."""

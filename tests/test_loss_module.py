@@ -50,9 +50,9 @@ class TestConfig:
 
     @pytest.mark.parametrize(("method", "n_sigma"), [("lora", 0.5), ("melo", 1), ("wise", 1)])
     def test_recommended_settings(self, method, n_sigma):
-        """Half the true token in every target, until each label is the first choice; the filter is the paper's."""
+        """Half the true token in every target, until each label is the first choice and near its target."""
         assert OverToneConfig.recommended(method) == OverToneConfig(
-            epsilon=0, n_sigma=n_sigma, lam=0.5, check=False, hold="correct"
+            epsilon=0, n_sigma=n_sigma, lam=0.5, check=False, hold=("correct", 0.3)
         )
 
     def test_recommended_settings_of_ft_m(self):
