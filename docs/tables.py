@@ -297,9 +297,10 @@ def easyedit_gemma() -> pd.DataFrame:
     edits = read("real/easyedit-gemma").set_index(["method", "token_loss", "case"])
     edits["average"] = edits.mean(axis=1)
     means = edits.groupby(level=["method", "token_loss"], sort=False).mean().reset_index()
+    by_case = edits.average.unstack("case")
     differences = []
     for method, token_loss in zip(means.method, means.token_loss, strict=True):
-        gains = edits.average[method, token_loss] - edits.average[method, "no key"]
+        gains = by_case.loc[(method, token_loss)] - by_case.loc[(method, "no key")]
         differences.append("" if token_loss == "no key" else f"{gains.mean():+.1f} ({gains.sem():.1f})")
     named = {"method": means.method.tolist(), "`token_loss`": means.token_loss.tolist()}
     return columns(named | by_measure(means) | {"difference an edit (standard error)": differences})
