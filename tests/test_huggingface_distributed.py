@@ -20,7 +20,8 @@ LAUNCHERS = {
 
 
 class TestTwoProcesses:
-    @pytest.mark.parametrize("launcher", sorted(LAUNCHERS))
+    # What accelerate's launcher adds to torchrun's is its environment; half a minute goes into starting two processes.
+    @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
     def test_gradient_is_that_of_one_process(self, launcher):
         """Half the rows in each process, one row all ignored: every engine to 1e-6 of the literal loss."""
         engines = ["ddp", "fsdp2", "accelerator", "trainer"]
