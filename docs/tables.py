@@ -53,6 +53,12 @@ def read(name: str) -> pd.DataFrame:
     return pd.read_csv(RESULTS / f"{name}.csv")
 
 
+def read_edits(name: str) -> pd.DataFrame:
+    """A committed CSV file with a row an edit, and the average of the measures that it has."""
+    edits = read(name)
+    return edits.assign(average=edits[["rel", "gen", "por", "loc"]].mean(axis=1))
+
+
 def number(value: float, digits: int = 1, sign: str = "") -> str:
     """Empty where there is none."""
     return "" if pd.isna(value) else f"{value:{sign}.{digits}f}"
@@ -131,11 +137,6 @@ def at_first_choice(rows: pd.DataFrame) -> dict[str, list[str]]:
     return {"held at the first choice": [number(found.iloc[0]) if len(found) else ""]}
 
 
-WORLDS = "long T=1; short T=1; soft T=1; long T=10; short T=10; soft T=10; short T=100"
-EASYEDIT_WORLDS = "short T=1; short T=10; short T=100"
-PUBLISHED = "wikibio T=1; zsre T=1"
-
-
 @table
 def what_to_expect() -> pd.DataFrame:
     """A real model: the threshold that is best for a method in all its cells, and the recommended settings."""
@@ -156,8 +157,7 @@ def what_to_expect() -> pd.DataFrame:
 
 def held_cells() -> pd.DataFrame:
     """Of each data, method, learning rate and T: averages by loss, and the recommended settings minus the threshold."""
-    edits = read("real/gemma-3-270m-held")
-    edits["average"] = edits[["rel", "gen", "por", "loc"]].mean(axis=1)
+    edits = read_edits("real/gemma-3-270m-held")
     cell, edit = ["data", "method", "lr", "T"], ["sequence", "position"]
     wide_edits = edits.pivot(index=[*cell, *edit], columns="loss", values="average")
     means = wide_edits.groupby(level=cell, sort=False).mean()
@@ -182,7 +182,7 @@ def held_cells() -> pd.DataFrame:
 
 @table
 def gemma_held() -> pd.DataFrame:
-    """A real model, each method at several learning rates: averages by loss."""
+    """A real model: the averages of each cell, by loss."""
     cells = held_cells()
     losses = [loss for loss in read("real/gemma-3-270m-held").loss.unique() if loss in cells]
     names = [
@@ -196,8 +196,7 @@ def gemma_held() -> pd.DataFrame:
 @table
 def gemma_choice() -> pd.DataFrame:
     """How LoRA's hold was chosen."""
-    edits = read("real/gemma-3-270m-choice")
-    edits["average"] = edits[["rel", "gen", "por", "loc"]].mean(axis=1)
+    edits = read_edits("real/gemma-3-270m-choice")
     means = edits.pivot_table(index="loss", columns="data", values="average")
     texts = {data_title(data): means[data].map(number).tolist() for data in ("zsre", "counterfact")}
     return columns({"loss": [f"`{loss}`" for loss in means.index]} | texts)
@@ -294,8 +293,7 @@ def gemma_rates() -> pd.DataFrame:
 @table
 def easyedit_gemma() -> pd.DataFrame:
     """EasyEdit's own trainers on a real model, with the key and without it."""
-    edits = read("real/easyedit-gemma").set_index(["method", "token_loss", "case"])
-    edits["average"] = edits.mean(axis=1)
+    edits = read_edits("real/easyedit-gemma").set_index(["method", "token_loss", "case"])
     means = edits.groupby(level=["method", "token_loss"], sort=False).mean().reset_index()
     by_case = edits.average.unstack("case")
     differences = []

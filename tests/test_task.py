@@ -161,18 +161,14 @@ class TestFailures:
         """The accuracies of an edit that broke the model's other knowledge still count."""
         expected = task().perform(workplace)
         monkeypatch.setattr(task_module, "perplexity", lambda *arguments: value)
-        monkeypatch.setattr(
-            task_module, "score", lambda *given, **how: dataclasses.replace(score(*given, **how), kl=value)
-        )
+        monkeypatch.setattr(task_module, "score", scoring(kl=value))
         for found, sound in zip(task().perform(workplace), expected, strict=True):
             assert (found.perplexity, found.error) == (None, None)
             assert found.scores == dataclasses.replace(sound.scores, kl=None)
 
     def test_scores_that_are_no_numbers_are_a_failure(self, workplace, monkeypatch):
         """The update after the last look at the loss can still break the model."""
-        monkeypatch.setattr(
-            task_module, "score", lambda *given, **how: dataclasses.replace(score(*given, **how), p_new=math.nan)
-        )
+        monkeypatch.setattr(task_module, "score", scoring(p_new=math.nan))
         self.assert_not_finite(task(edits=(mini_lab.edit(),)).perform(workplace))
 
     def test_answers_that_are_no_numbers_are_a_failure(self, workplace, monkeypatch):
