@@ -176,6 +176,7 @@ class _AnchoredLogits(torch.autograd.Function):
             grad_logits = torch.zeros_like(logits)
         elif torch.is_grad_enabled():
             grad_logits = grad_logits.clone()
+        grad_logits = grad_logits.contiguous()  # that of a sum is one number, seen from every place
         factor = grad_loss * (ctx.largest / ctx.scale)
         for block in row_blocks(len(numbers), logits):
             weighted = gradient[block].to(factor.dtype) * factor

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from overtone import Anchors, OverToneConfig, OverToneLoss, VocabularyShard, linear_overtone_loss, overtone_loss
 from overtone.functional import reference_loss
+from overtone.token_loss import EditLoss
 
 VOCABULARY, HIDDEN = 37, 8
 PROMPT = torch.tensor([[True, True, True, False, False], [False, True, False, False, False]])
@@ -284,6 +285,18 @@ class TestDerivatives:
         (tripled,) = torch.autograd.grad(3 * loss, leaf)
         assert torch.equal(first, second)
         torch.testing.assert_close(tripled, 3 * first)
+
+    def test_beside_a_loss_whose_gradient_is_one_number(self):
+        """Torch gives a sum's gradient as one number that is seen from every place, which nothing can be added to."""
+        logits, before, _ = call()
+        logits = logits.flatten(0, 1)
+        loss = EditLoss("sum", lambda s, _: s.sum(-1), anchor=0.7)
+        leaf = logits.clone().requires_grad_()
+        scores, term = loss.anchored(leaf, two_groups(before))
+        (scores.sum() + term.loss).backward()
+        alone = logits.clone().requires_grad_()
+        loss.anchored(alone, two_groups(before))[1].loss.backward()
+        torch.testing.assert_close(leaf.grad, alone.grad + 1)
 
     def test_under_torch_func(self):
         logits, before, labels = call()
