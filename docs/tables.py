@@ -145,7 +145,7 @@ def what_to_expect() -> pd.DataFrame:
         {
             "data": cells.data.map(data_title).tolist(),
             "method, learning rate": (cells.method.map(METHODS) + cells.lr.map(", {:g}".format)).tolist(),
-            "edits": cells.edits.astype(str).tolist(),
+            "edits (in a row)": [f"{row.edits} ({row.T})" for row in cells.itertuples()],
             "cross-entropy held at its best single threshold": [
                 f"{row.best:.1f} (at {row.threshold})" for row in cells.itertuples()
             ],
@@ -186,19 +186,29 @@ def gemma_held() -> pd.DataFrame:
     cells = held_cells()
     losses = [loss for loss in read("real/gemma-3-270m-held").loss.unique() if loss in cells]
     names = [
-        f"{data_title(row.data)}, {METHODS[row.method]}, {row.lr:g} ({row.edits} edits)" for _, row in cells.iterrows()
+        f"{data_title(row.data)}, {METHODS[row.method]}, {row.lr:g}, T={row['T']} ({row.edits} edits)"
+        for _, row in cells.iterrows()
     ]
     shown_losses = {title_of(loss): cells[loss].map(number).tolist() for loss in losses}
     gains = [difference(row) for _, row in cells.iterrows()]
-    return columns({"data, method, lr": names} | shown_losses | {"recommended minus a threshold": gains})
+    return columns(
+        {"data, method, lr, edits in a row": names} | shown_losses | {"recommended minus a threshold": gains}
+    )
 
 
 @table
 def gemma_choice() -> pd.DataFrame:
-    """How LoRA's hold was chosen."""
+    """How the number in each method's hold was chosen: averages by loss."""
     edits = read_edits("real/gemma-3-270m-choice")
-    means = edits.pivot_table(index="loss", columns="data", values="average")
-    texts = {data_title(data): means[data].map(number).tolist() for data in ("zsre", "counterfact")}
+    edits["loss"] = edits.loss.str.replace("earlier_recommended", "overtone_recommended:hold=correct")
+    means = edits.pivot_table(index="loss", columns=["method", "lr", "data"], values="average")
+    places = [("lora", 5e-4), ("ft-m", 5e-4), ("ft-m", 1e-4)]
+    cells = [(method, lr, data) for method, lr in places for data in ("zsre", "counterfact")]
+    texts = {
+        f"{METHODS[method]}, {lr:g}, {data_title(data)}": means[method, lr, data].map(number).tolist()
+        for method, lr, data in cells
+        if (method, lr, data) in means
+    }
     return columns({"loss": [f"`{loss}`" for loss in means.index]} | texts)
 
 

@@ -55,7 +55,7 @@ class OverToneConfig:
 
         Every target is half the true token and half the model's own filtered distribution, and a step is held once
         every label is the model's first choice and the mean KL is at or below 0.3; for "ft-m" the paper's check and
-        clip stay, and it is 0.2.
+        clip stay, and it is 0.1.
 
         Args:
             method: "ft-m", "lora", "melo" or "wise".
@@ -99,7 +99,7 @@ PRESETS: dict[str, dict[str, float]] = {
 _UNCLIPPED = {"epsilon": 0.0, "lam": 0.5, "check": False, "hold": ("correct", 0.3)}
 
 RECOMMENDED: dict[str, dict[str, Any]] = {
-    "ft-m": {**PRESETS["ft-m"], "lam": 0.5, "hold": ("correct", 0.2)},
+    "ft-m": {**PRESETS["ft-m"], "lam": 0.5, "hold": ("correct", 0.1)},
     "lora": {**PRESETS["lora"], **_UNCLIPPED},
     "melo": {**PRESETS["melo"], **_UNCLIPPED},
     "wise": {**PRESETS["wise"], **_UNCLIPPED},

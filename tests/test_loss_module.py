@@ -57,7 +57,7 @@ class TestConfig:
 
     def test_recommended_settings_of_ft_m(self):
         """Nearer to the paper's: the clip and the check stay."""
-        assert OverToneConfig.recommended("ft-m") == OverToneConfig.preset("ft-m", lam=0.5, hold=("correct", 0.2))
+        assert OverToneConfig.recommended("ft-m") == OverToneConfig.preset("ft-m", lam=0.5, hold=("correct", 0.1))
 
     @pytest.mark.parametrize("method", RECOMMENDED)
     def test_recommended_settings_can_be_changed(self, method):
