@@ -310,7 +310,8 @@ def easyedit_gemma() -> pd.DataFrame:
     for method, token_loss in zip(means.method, means.token_loss, strict=True):
         gains = by_case.loc[(method, token_loss)] - by_case.loc[(method, "no key")]
         differences.append("" if token_loss == "no key" else f"{gains.mean():+.1f} ({gains.sem():.1f})")
-    named = {"method": means.method.tolist(), "`token_loss`": means.token_loss.tolist()}
+    keys = means.token_loss.replace({EARLIER: "recommended earlier"})
+    named = {"method": means.method.tolist(), "`token_loss`": keys.tolist()}
     return columns(named | by_measure(means) | {"difference an edit (standard error)": differences})
 
 
@@ -413,7 +414,7 @@ def sweep() -> pd.DataFrame:
 def easyedit_flag() -> pd.DataFrame:
     """What the key does in EasyEdit: the average, and in brackets the reliability."""
     flags = {
-        "": "no key",
+        "": "plain cross-entropy",
         "overtone:hold=false": "",
         "overtone": "",
         "overtone:hold=0.1": "",

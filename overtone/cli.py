@@ -97,8 +97,8 @@ def _add_bench(commands: Subcommands) -> None:
     parser.add_argument(
         "--preset",
         default="quick",
-        help="quick: two methods, three losses, one seed; paper-small: every loss on three worlds, "
-        "three seeds, T = 1, 10, 100; demo: single edits with every named loss. The options "
+        help="quick: two methods, three losses, one seed; paper-small: every kind of loss on three worlds, "
+        "three seeds, T = 1, 10, 100; demo: single edits with six losses. The options "
         "below change it (default: quick)",
     )
     parser.add_argument("--data", type=_names, help=f"by commas: short, long, soft, {', '.join(_FILES)}")

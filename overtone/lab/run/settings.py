@@ -82,8 +82,8 @@ GRIDS: Mapping[str, RunSettings] = {
         lengths=(1, 10, 100),
     ),
 }
-"""Single edits with the named losses on one small world; two methods and three losses, singly and in rows of 10; every
-loss on three worlds with three seeds.
+"""Single edits with six losses on one small world; two methods and three losses, singly and in rows of 10; baselines,
+thresholds, OverTone and its ablations on three worlds with three seeds.
 
 The published data join a preset's where their files are given."""
 
