@@ -139,20 +139,14 @@ def at_first_choice(rows: pd.DataFrame) -> dict[str, list[str]]:
 
 @table
 def what_to_expect() -> pd.DataFrame:
-    """A real model: the threshold that is best for a method in all its cells, and the recommended settings."""
+    """A real model: the recommended settings, and minus the threshold that is best for a method over all its cells."""
     cells = held_cells()
-    return columns(
-        {
-            "data": cells.data.map(data_title).tolist(),
-            "method, learning rate": (cells.method.map(METHODS) + cells.lr.map(", {:g}".format)).tolist(),
-            "edits (in a row)": [f"{row.edits} ({row.T})" for row in cells.itertuples()],
-            "cross-entropy held at its best single threshold": [
-                f"{row.best:.1f} (at {row.threshold})" for row in cells.itertuples()
-            ],
-            "recommended": cells.ours.map(number).tolist(),
-            "difference": [difference(row) for _, row in cells.iterrows()],
-        }
-    )
+    cells["case"] = [
+        f"{data_title(row.data)}, {METHODS[row.method]} (held at {row.threshold})" for row in cells.itertuples()
+    ]
+    cells["contender"] = [f"lr {row.lr:g}" + (f", {row.T} in a row" if row.T > 1 else "") for row in cells.itertuples()]
+    cells["cell"] = [f"{number(row.ours)}: {difference(row)}" for _, row in cells.iterrows()]
+    return wide(cells.sort_values(["T", "lr"], kind="stable"))
 
 
 def held_cells() -> pd.DataFrame:
@@ -162,7 +156,8 @@ def held_cells() -> pd.DataFrame:
     wide_edits = edits.pivot(index=[*cell, *edit], columns="loss", values="average")
     means = wide_edits.groupby(level=cell, sort=False).mean()
     is_stop = means.columns.str.match(r"cross_entropy:hold=[\d.]+$")
-    best = means.loc[:, is_stop].groupby(level="method").mean().idxmax(axis=1)
+    # Of the thresholds that every cell of the method has.
+    best = means.loc[:, is_stop].groupby(level="method").agg(lambda cells: cells.mean(skipna=False)).idxmax(axis=1)
     found = []
     for key, own in wide_edits.groupby(level=cell, sort=False):
         place = dict(zip(cell, key, strict=True))
@@ -184,7 +179,7 @@ def held_cells() -> pd.DataFrame:
 def gemma_held() -> pd.DataFrame:
     """A real model: the averages of each cell, by loss."""
     cells = held_cells()
-    losses = [loss for loss in read("real/gemma-3-270m-held").loss.unique() if loss in cells]
+    losses = sorted(read("real/gemma-3-270m-held").loss.unique(), key=lambda loss: loss == "overtone_recommended")
     names = [
         f"{data_title(row.data)}, {METHODS[row.method]}, {row.lr:g}, T={row['T']} ({row.edits} edits)"
         for _, row in cells.iterrows()
