@@ -85,7 +85,7 @@ def load_results(folder: Path, *, losses: Collection[str] = (), seeds: Collectio
 
 def _row(record: EditRecord) -> dict[str, Any]:
     # A failed edit has the columns too: tables look for them also where every edit failed.
-    row = dict.fromkeys(_MEASURED, math.nan)
+    row: dict[str, Any] = dict.fromkeys(_MEASURED, math.nan)
     row |= {**vars(record), **record.answers, "settings": settings_text(record.settings)}
     del row["scores"], row["answers"]
     row["lr"] = record.settings.get("lr")
