@@ -342,6 +342,12 @@ class TestSharedPasses:
         found = Run(settings(model, methods=("lora", "ft-m")), tmp_path, shard=ALONE)
         assert {task.method: task.settings.lr for task in found.plan.tasks} == {"lora": 5e-3, "ft-m": 5e-4}
 
+    def test_a_module_that_cannot_be_adapted_in_them_is_refused_before_the_first_edit(self, model, corpora, tmp_path):
+        grid = settings(model, at_once=None, methods=("lora",), changes={"target_modules": ("lm_head",)})
+        with pytest.raises(ValueError, match=r"target_modules cannot have lm_head .* --at-once 1"):
+            Run(grid, tmp_path, shard=ALONE).open_models()
+        Run(dataclasses.replace(grid, at_once=1), tmp_path, shard=ALONE).open_models()
+
     def test_ranks_do_not_part_what_shares_a_pass(self, model, corpora, tmp_path):
         grid = settings(model, at_once=2, lengths=(1,), edits=4)
         shares = [begun(grid, tmp_path, Rank(rank, 2)).left() for rank in (0, 1)]

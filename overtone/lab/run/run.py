@@ -18,6 +18,7 @@ from overtone import __version__
 from overtone.config import RECOMMENDED, OverToneConfig
 from overtone.lab.edit.methods import METHODS
 from overtone.lab.edit.sessions import easyedit_version, open_session
+from overtone.lab.edit.trial import try_method
 from overtone.lab.model.sources import LabModels, ModelSource, NamedModel, default_device
 from overtone.lab.results.files import require_writable
 from overtone.lab.results.folder import ResultsFolder
@@ -190,15 +191,17 @@ class Run:
     def _try_methods(self, data: str, seed: int) -> None:
         """Open each method once, so that a model that it does not know is refused before the first edit."""
         corpus = self.plan.corpora[data, seed]
-        model = self._source.open(corpus, seed)
+        workplace = self._source.open(corpus, seed).workplace
+        self._try_own_methods(workplace.model)
         for method in self.settings.methods:
-            chosen = (
-                METHODS[method].changed(self.settings.changes, is_large=self.settings.model is not None)
-                if method in METHODS
-                else None
-            )
-            with open_session(model.workplace, method, chosen, 0, corpus.training_texts()):
-                pass
+            if method not in METHODS:
+                with open_session(workplace, method, None, 0, corpus.training_texts()):
+                    pass
+
+    def _try_own_methods(self, model: Any) -> None:
+        for method in filter(METHODS.__contains__, self.settings.methods):
+            chosen = METHODS[method].changed(self.settings.changes, is_large=self.settings.model is not None)
+            try_method(model, METHODS[method], chosen, at_once=self.settings.sharing)
 
     def _versions(self) -> dict[str, str]:
         # Its own version is not asked of the installation: it also runs from a checkout that nobody installed.
