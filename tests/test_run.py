@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -227,6 +228,12 @@ class TestRun:
         assert described["knowledge"].keys() == {"facts"}
         assert "parameters" in described["title"]
         assert header["commands"] == [["overtone", "bench"]]
+
+    def test_a_perplexity_that_is_not_finite_is_none(self, model, corpora, tmp_path, monkeypatch):
+        """A results file that holds infinity is refused where it is read."""
+        monkeypatch.setattr(run, "perplexity", lambda *_: math.inf)
+        (described,) = Run(settings(model), tmp_path, shard=ALONE).open_models()
+        assert described["perplexity"] is None
 
     def test_a_named_model_is_asked_a_sample_of_what_it_may_know(self, model, monkeypatch):
         probes = [Probe(f"zed likes {number}", " tea", "fact", "tea") for number in range(300)]
@@ -573,6 +580,7 @@ class TestMistakes:
             (("--methods", ","), "methods is empty"),
             (("--workers", "0"), "workers must be at least 1, got 0"),
             (("--at-once", "0"), "at_once must be at least 1, got 0"),
+            (("--size", "0"), "size is 0, but no data here is read from a published file"),
             (("--zsre", ""), "--zsre must be a file that can be read, got '': name one, or leave it out"),
             (("--lengths", "100", "--data", "long"), "from 1 to 44"),
             (("--zsre", "nowhere.json"), "nowhere.json"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import time
@@ -45,8 +46,8 @@ class Run:
             shard: this process' place among those that share the run; None: from the environment.
 
         Raises:
-            ValueError: as `overtone.lab.run.plan.make_plan`, an unknown architecture, or a number of workers that
-                cannot be.
+            ValueError: as `overtone.lab.run.plan.make_plan`, an unknown architecture, a setting of a method that its
+                models cannot take, or a number of workers that cannot be.
             OSError: a file cannot be read, or the folder cannot be made or written to.
         """
         self.settings = settings
@@ -62,6 +63,8 @@ class Run:
         self._check_workers()
         knows = self._source.knows if isinstance(self._source, NamedModel) else None
         self.plan: Plan = make_plan(settings, knows)
+        if isinstance(self._source, LabModels):
+            self._try_own_methods(self._source.untrained())
         require_writable(out)
 
     def open_models(self) -> list[dict[str, Any]]:
@@ -182,7 +185,7 @@ class Run:
             "seed": seed,
             "title": model.title,
             "knowledge": knowledge,
-            "perplexity": before,
+            "perplexity": before if before is not None and math.isfinite(before) else None,
             "fingerprint": workplace.fingerprint,
             "file": None if path is None else hashlib.sha256(path.read_bytes()).hexdigest(),
             "size": size_of(self.settings, data),
