@@ -162,7 +162,7 @@ def _add_grid(parser: argparse.ArgumentParser, *, out: str) -> None:
         type=int,
         help="of each corpus and seed, cut into sequences; a longer sequence takes what it needs (default: 20)",
     )
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder (default: {out})")
+    parser.add_argument("--out", type=_folder, default=Path(out), help=f"folder (default: {out})")
     parser.add_argument("--workers", type=int, help="processes (default: 2 on the CPU, 1 on a GPU or under torchrun)")
 
 
@@ -172,10 +172,10 @@ def _add_report(commands: Subcommands) -> None:
         help="render the results of a bench",
         description="Write report.md, CSV files and figures from a results folder alone, finished or not.",
     )
-    parser.add_argument("results", type=Path, help="output folder of overtone bench")
+    parser.add_argument("results", type=_folder, help="output folder of overtone bench")
     parser.add_argument("--losses", nargs="+", type=_loss, default=(), help="by spaces: of these alone (default: all)")
     parser.add_argument("--seeds", type=_numbers, default=(), help="by commas: of these alone (default: all)")
-    parser.add_argument("--out", type=Path, help="folder (default: that of the results, for a report of all)")
+    parser.add_argument("--out", type=_folder, help="folder (default: that of the results, for a report of all)")
     parser.set_defaults(run=_report)
 
 
@@ -216,6 +216,12 @@ def _is_loss(text: str) -> bool:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("a folder is expected, got '': name one, . for the current one")
+    return Path(text)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -109,6 +109,15 @@ class TestMistakes:
             (("--edits", "6"), "at most 5, got 6"),
             (("--edits", "0"), "edits must be at least 1, got 0"),
             (("--workers", "0"), "workers must be at least 1, got 0"),
+            (("--layer", "99"), "layer is 99, but LlamaForCausalLM has layers 0 to 2"),
+            (("--layer", "-1"), "layer is -1, but LlamaForCausalLM has layers 0 to 2"),
+            (("--methods", "lora", "--target-modules", "q_proj,foo"), "'foo': choose --target-modules from "),
+            (("--methods", "lora", "--target-modules", "mlp"), "'mlp': choose --target-modules from "),
+            (("--methods", "lora", "--target-modules", ""), "got none: choose --target-modules from "),
+            (("--methods", "lora", "--target-modules", "lm_head", "--at-once", "2"), "or make the edits one by one"),
+            (("--methods", "lora", "--rank", "129"), "rank must be at most 128"),
+            (("--methods", "lora", "--rank", "9" * 20), f"rank must be below 2147483648, got {'9' * 20}"),
+            (("--methods", "lora", "--alpha", "9" * 400), "alpha must be below 2147483648, got 999"),
         ],
     )
     def test_names_what_is_wrong(self, lab, tmp_path, capsys, arguments, message):
@@ -116,6 +125,19 @@ class TestMistakes:
         assert message in capsys.readouterr().err
         assert lab.loads == []
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("arch", ["qwen2", "mistral", "gpt2"])
+    def test_a_setting_is_held_against_the_architecture_that_is_asked_for(self, lab, tmp_path, capsys, arch):
+        assert demo(tmp_path / "out", "--arch", arch, "--layer", "3") == 2
+        assert "has layers 0 to 2" in capsys.readouterr().err
+        assert lab.loads == []
+
+    @pytest.mark.parametrize("command", [["demo", "--out"], ["bench", "--out"], ["report", "r", "--out"], ["report"]])
+    def test_a_folder_without_a_name(self, capsys, command):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*command, ""])
+        assert stopped.value.code == 2
+        assert "a folder is expected, got '': name one, . for the current one" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         "losses",

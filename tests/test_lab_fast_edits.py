@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from overtone.lab.edit import methods
 from overtone.lab.edit.anchored import AnchoredTexts
 from overtone.lab.edit.batched_lora import BatchedLora
 from overtone.lab.edit.cached_ft import CachedDownProjection
 from overtone.lab.edit.fit import fit, target_loss
 from overtone.lab.edit.many import fit_many, target_job, target_texts
+from overtone.lab.edit.trial import try_method
 from overtone.lab.edit.weights import open_down_projection, open_lora
 from overtone.lab.model.fingerprint import fingerprint
 from overtone.lab.model.positions import Capture, entering_at, layer_inputs, logits_at
@@ -177,6 +179,24 @@ def test_less_than_one_is_refused(name, value):
     model = mini_lab.random_model()
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         fit_many(model, BatchedLora(model), [], **{"steps": 1, "lr": 0.1, name: value})
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_layers_that_do_not_see_a_pass_row_by_row_are_refused_in_it_alone(name):
+    model = mini_lab.random_model()
+    before, settings = fingerprint(model), methods.METHODS["lora"].changed({"target_modules": ("q_proj", name)})
+    try_method(model, methods.METHODS["lora"], settings, at_once=1)
+    with pytest.raises(ValueError, match=rf"{name} .* leave it out of --target-modules, or .* with --at-once 1"):
+        try_method(model, methods.METHODS["lora"], settings, at_once=2)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_with_its_own_settings_is_not_refused(arch, method):
+    model = mini_lab.random_model(arch)
+    try_method(model, methods.METHODS[method], methods.METHODS[method].settings, at_once=8)
+    assert number_of_hooks(model) == 0
 
 
 def test_half_precision_weights_are_trained_in_float32():

@@ -152,6 +152,17 @@ class TestDocument:
         assert "2 cores, x86_64" in text
         assert "| Short targets | 0 | llama | facts 100.0%, two hops 99.0% | 1.40 |" in text
 
+    def test_a_folder_whose_edits_all_failed_has_a_report_that_says_so(self, tmp_path):
+        """Of single edits and sequences; the losses and the ablation that Tables 1, 3 and 4 look for are there."""
+        losses = ("cross_entropy", "cross_entropy:hold=0.1", "overtone", "overtone:check=false")
+        records = [
+            made for loss in losses for made in (*singles([None] * 2, loss=loss), *sequence([None] * 2, loss=loss))
+        ]
+        text = report_of(records, tmp_path)
+        assert "## Failed edits: 16 of 16" in text
+        assert "the loss is nan / after 3 steps" in text
+        assert "| OverTone | 0 (2 failed) |" in text
+
     def test_same_results_same_bytes(self, tmp_path):
         report = Report.of(results_of([*singles([1.0, 0.5], trace=TRACE), *sequence([0.5, 1.0])]))
         first, second = (write_report(report, tmp_path / name) for name in ("first", "second"))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
-from result_records import HEADER, TRACE, record, sequence, write
+from result_records import HEADER, TRACE, record, scores, sequence, write
 
 from overtone.lab.report.frame import load_results
 from overtone.lab.results import files
@@ -18,10 +19,12 @@ from overtone.lab.results.header import merged
 RECORDS = [
     *sequence([1.0, 0.5], trace=TRACE),
     record(None, loss="overtone"),
-    record(loss="overtone", answers={"a": 1.0}),
+    record(loss="overtone", sequence=1, index=1, answers={"a": 1.0}),
 ]
 
 MODEL = HEADER["models"][0]
+
+SCORES = asdict(scores(1.0))
 
 MISSING = object()
 
@@ -88,6 +91,48 @@ class TestSequences:
         with pytest.raises(ValueError, match=rf"{file.name} is not a results file of overtone .* remove this file"):
             folder.read_all()
 
+    @pytest.mark.parametrize(
+        ("changes", "field"),
+        [
+            ({"settings": [1]}, "settings"),
+            ({"loss": None}, "loss"),
+            ({"length": "x"}, "length"),
+            ({"steps": "x"}, "steps"),
+            ({"steps": True}, "steps"),
+            ({"prompt": MISSING}, "prompt"),
+            ({"perplexity": "x"}, "perplexity"),
+            ({"scores": 3}, "scores"),
+            ({"scores": {**SCORES, "accuracy": None}}, "scores.accuracy"),
+            ({"scores": {**SCORES, "accuracy": {"rel": "x"}}}, r"scores.accuracy\['rel'\]"),
+            ({"scores": {**SCORES, "accuracy": {"rel": float("nan")}}}, r"scores.accuracy\['rel'\]"),
+            ({"trace": {**asdict(TRACE), "steps": [0, "x"]}}, r"trace.steps\[1\]"),
+        ],
+    )
+    def test_a_field_of_another_type_is_named_with_its_file(self, tmp_path, changes, field):
+        write(tmp_path, [record()])
+        (file,) = (tmp_path / EDITS).iterdir()
+        changed = {**record().as_json(), **changes}
+        file.write_text(json.dumps([{name: value for name, value in changed.items() if value is not MISSING}]))
+        with pytest.raises(ValueError, match=rf"{file.name} .* wrong type: \[0\].{field}\): .* remove this file"):
+            load_results(tmp_path)
+
+    def test_fields_that_have_a_default_may_be_missing(self, tmp_path):
+        """As in a folder of before they were added."""
+        write(tmp_path, [record()])
+        (file,) = (tmp_path / EDITS).iterdir()
+        values = record().as_json()
+        del values["answers"], values["scores"]["said"]
+        file.write_text(json.dumps([values]))
+        assert ResultsFolder(tmp_path).read_all()[1] == [record()]
+
+    @pytest.mark.parametrize("kept", [0, 1])
+    def test_a_file_of_fewer_edits_than_its_sequence_is_named(self, tmp_path, kept):
+        folder = ResultsFolder(write(tmp_path, RECORDS[:2]))
+        (file,) = (tmp_path / EDITS).iterdir()
+        file.write_text(json.dumps([made.as_json() for made in RECORDS[:kept]]))
+        with pytest.raises(ValueError, match=rf"{file.name} .* {kept} edits are not a whole sequence"):
+            folder.read(RECORDS[0].key)
+
 
 class TestHeader:
     def test_a_larger_run_adds_to_it(self, tmp_path):
@@ -149,6 +194,8 @@ class TestHeader:
                 for name in MODEL
             ],
             ({"models": [MODEL, {**MODEL, "knowledge": 0.9}]}, r"models\[1\].knowledge"),
+            ({"models": [{**MODEL, "knowledge": {"x": "y"}}]}, r"models\[0\].knowledge\['x'\]"),
+            ({"commands": [1]}, r"commands\[0\]"),
         ],
     )
     def test_a_field_of_another_type_and_one_of_a_model_are_named(self, tmp_path, changes, field):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -228,6 +229,12 @@ class TestRun:
         assert "parameters" in described["title"]
         assert header["commands"] == [["overtone", "bench"]]
 
+    def test_a_perplexity_that_is_not_finite_is_none(self, model, corpora, tmp_path, monkeypatch):
+        """A results file that holds infinity is refused where it is read."""
+        monkeypatch.setattr(run, "perplexity", lambda *_: math.inf)
+        (described,) = Run(settings(model), tmp_path, shard=ALONE).open_models()
+        assert described["perplexity"] is None
+
     def test_a_named_model_is_asked_a_sample_of_what_it_may_know(self, model, monkeypatch):
         probes = [Probe(f"zed likes {number}", " tea", "fact", "tea") for number in range(300)]
         corpus = SimpleNamespace(knowledge_probes=lambda: {"facts": probes, "others": probes[:2]})
@@ -341,6 +348,12 @@ class TestSharedPasses:
     def test_the_settings_are_those_of_easyedits_files_for_large_models(self, model, corpora, tmp_path):
         found = Run(settings(model, methods=("lora", "ft-m")), tmp_path, shard=ALONE)
         assert {task.method: task.settings.lr for task in found.plan.tasks} == {"lora": 5e-3, "ft-m": 5e-4}
+
+    def test_a_module_that_cannot_be_adapted_in_them_is_refused_before_the_first_edit(self, model, corpora, tmp_path):
+        grid = settings(model, at_once=None, methods=("lora",), changes={"target_modules": ("lm_head",)})
+        with pytest.raises(ValueError, match=r"target_modules cannot have lm_head .* --at-once 1"):
+            Run(grid, tmp_path, shard=ALONE).open_models()
+        Run(dataclasses.replace(grid, at_once=1), tmp_path, shard=ALONE).open_models()
 
     def test_ranks_do_not_part_what_shares_a_pass(self, model, corpora, tmp_path):
         grid = settings(model, at_once=2, lengths=(1,), edits=4)
@@ -567,6 +580,7 @@ class TestMistakes:
             (("--methods", ","), "methods is empty"),
             (("--workers", "0"), "workers must be at least 1, got 0"),
             (("--at-once", "0"), "at_once must be at least 1, got 0"),
+            (("--size", "0"), "size is 0, but no data here is read from a published file"),
             (("--zsre", ""), "--zsre must be a file that can be read, got '': name one, or leave it out"),
             (("--lengths", "100", "--data", "long"), "from 1 to 44"),
             (("--zsre", "nowhere.json"), "nowhere.json"),

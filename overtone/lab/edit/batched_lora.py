@@ -59,15 +59,22 @@ class BatchedLora:
         factors = [part.unflatten(1, shape)[owner] for part, shape in zip(stacked, self._shapes, strict=True)]
         with ExitStack() as hooks:
             for place, down, up in zip(self._places, factors[::2], factors[1::2], strict=True):
-                hook = _adapt(down.mT, up.mT, self._scale)
+                hook = _adapt(place, down.mT, up.mT, self._scale)
                 hooks.callback(self._model.get_submodule(place).register_forward_hook(hook).remove)
             yield
 
 
-def _adapt(down: Tensor, up: Tensor, scale: float) -> Any:
+def _adapt(place: str, down: Tensor, up: Tensor, scale: float) -> Any:
     """A forward hook that adds the adapters' output: input (B, T, I), down (B, I, R), up (B, R, O)."""
 
     def add(_: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + arguments[0].to(down.dtype).bmm(down).bmm(up).to(output.dtype) * scale
+        hidden = arguments[0]
+        # Embeddings take token ids, and the output layer sees the chosen positions of all rows as one.
+        if hidden.dim() != 3 or len(hidden) != len(down):
+            raise ValueError(
+                f"target_modules cannot have {place} where edits share a pass, in which it does not see them row by "
+                "row: leave it out of --target-modules, or make the edits one by one with --at-once 1"
+            )
+        return output + hidden.to(down.dtype).bmm(down).bmm(up).to(output.dtype) * scale
 
     return add

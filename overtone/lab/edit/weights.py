@@ -52,7 +52,7 @@ def open_lora(
 
     Raises:
         ImportError: PEFT is not there.
-        ValueError: the model has no such modules.
+        ValueError: the model has no such modules, or rank is more than they can use.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -62,6 +62,7 @@ def open_lora(
     is_gpt2 = any(name.endswith(".c_attn") for name, _ in model.named_modules())
     if target_modules is None:
         target_modules = ["c_attn"] if is_gpt2 else ["q_proj", "v_proj"]
+    _require_adaptable(model, target_modules, rank)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -99,6 +100,26 @@ def frozen(model: Any) -> Iterator[None]:
             module.training = training
         for parameter, requires_grad in wanted.items():
             parameter.requires_grad_(requires_grad)
+
+
+def _require_adaptable(model: Any, target_modules: Sequence[str], rank: int) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    weights = {
+        f".{name}": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding, Conv1D))
+    }
+    found = {wanted: [place for place in weights if place.endswith(f".{wanted}")] for wanted in target_modules}
+    if not found or not all(found.values()):
+        raise ValueError(
+            f"target_modules must name layers of {type(model).__name__}, got "
+            f"{', '.join(map(repr, target_modules)) or 'none'}: choose --target-modules from "
+            f"{', '.join(dict.fromkeys(place.rpartition('.')[2] for place in weights))}"
+        )
+    widest = max(min(weights[place].shape) for places in found.values() for place in places)
+    if rank > widest:
+        raise ValueError(f"rank must be at most {widest}, the width of the layers that LoRA adapts, got {rank}")
 
 
 def _down_projection(model: Any, layer: int | None) -> nn.Parameter:

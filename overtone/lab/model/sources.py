@@ -12,12 +12,14 @@ from statistics import fmean
 from typing import Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from overtone.lab.data.corpus import Corpus
 from overtone.lab.data.edit import Edit, Probe
+from overtone.lab.data.recipe import Recipe
 from overtone.lab.model.knowledge import answered
 from overtone.lab.model.pretrain import LabModel, load_or_train
-from overtone.lab.model.training import ARCHITECTURES
+from overtone.lab.model.training import ARCHITECTURES, untrained
 from overtone.lab.model.workplace import Workplace
 
 ASKED_OF_A_GROUP = 50
@@ -84,6 +86,10 @@ class LabModels:
     def knowledge(self, corpus: Corpus, seed: int) -> dict[str, float]:
         """See `ModelSource`."""
         return dict(self._trained(corpus, seed).knowledge.shares)
+
+    def untrained(self) -> PreTrainedModel:
+        """A model of the architecture, which shows before a training what it can take."""
+        return untrained(self.arch, 0, Recipe(), eos_token_id=0, pad_token_id=1).eval()
 
     def _trained(self, corpus: Corpus, seed: int) -> LabModel:
         return load_or_train(corpus, arch=self.arch, seed=seed, show_progress=self.show_progress)

@@ -65,17 +65,8 @@ def train(
         recipe: how to train.
         show_progress: whether to draw a progress bar.
     """
-    config = transformers.AutoConfig.for_model(
-        arch,
-        vocab_size=recipe.vocabulary,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **_with_room_for(recipe.block_length, ARCHITECTURES[arch]),
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config).train()
+    model = untrained(arch, seed, recipe, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.train()
     groups: list[dict[str, Any]] = [
         {"params": [weight for weight in model.parameters() if weight.ndim > 1]},
         {"params": [weight for weight in model.parameters() if weight.ndim <= 1], "weight_decay": 0.0},
@@ -96,6 +87,22 @@ def train(
             schedule.step()
             progress.update(bar, advance=1, loss=loss.item())
     return model.eval()
+
+
+def untrained(arch: str, seed: int, recipe: Recipe, *, eos_token_id: int, pad_token_id: int) -> PreTrainedModel:
+    """A model with random weights, as `train` begins with it; the global random state is left alone."""
+    config = transformers.AutoConfig.for_model(
+        arch,
+        vocab_size=recipe.vocabulary,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        **_with_room_for(recipe.block_length, ARCHITECTURES[arch]),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def _with_room_for(block_length: int, sizes: Mapping[str, Any]) -> dict[str, Any]:

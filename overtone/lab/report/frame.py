@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,12 @@ ACCURACIES = ["rel", "gen", "por", "loc"]
 
 BLOCK = ["data", "length", "method", "settings"]
 """What edits have in common whose losses can be compared."""
+
+_MEASURED = [
+    *("kl", "average", "exact match", *ACCURACIES, "por of others"),
+    *(f"{name} {how}" for how in ("begins", "said") for name in ("rel", "gen", "por")),
+]
+"""The columns of a scored edit."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,9 @@ def load_results(folder: Path, *, losses: Collection[str] = (), seeds: Collectio
 
 
 def _row(record: EditRecord) -> dict[str, Any]:
-    row = {**vars(record), **record.answers, "settings": settings_text(record.settings)}
+    # A failed edit has the columns too: tables look for them also where every edit failed.
+    row: dict[str, Any] = dict.fromkeys(_MEASURED, math.nan)
+    row |= {**vars(record), **record.answers, "settings": settings_text(record.settings)}
     del row["scores"], row["answers"]
     row["lr"] = record.settings.get("lr")
     if record.scores is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from overtone.lab.results.files import write_whole
 from overtone.lab.results.header import merged, require_header
+from overtone.lab.results.misfits import misfits
 from overtone.lab.results.record import EditRecord, SequenceKey
 
 HEADER, EDITS = "run.json", "edits"
@@ -83,10 +84,17 @@ class ResultsFolder:
 
 
 def _records(path: Path) -> list[EditRecord]:
+    values = _read(path, list)
+    wrong = misfits(values, list[EditRecord])
+    if wrong:
+        raise _broken(path, TypeError(f"missing or of the wrong type: {', '.join(wrong)}"))
     try:
-        return [EditRecord.from_json(values) for values in _read(path, list)]
-    except (TypeError, KeyError, AttributeError) as error:
+        records = [EditRecord.from_json(own) for own in values]
+    except TypeError as error:
         raise _broken(path, error) from error
+    if {record.length for record in records} != {len(records)}:
+        raise _broken(path, ValueError(f"{len(records)} edits are not a whole sequence"))
+    return records
 
 
 def _read(path: Path, kind: type) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+from overtone.lab.results.misfits import misfits
 
 FORMAT = "overtone bench 3"
 """What the header calls itself."""
@@ -15,27 +16,30 @@ _OF_MODEL = ("fingerprint", "file", "size")
 _GROWING = ("commands", "data", "methods", "losses")
 """Lists to which another command may add."""
 
-_FIELDS = {
-    **dict.fromkeys(_GROWING, (list,)),
-    "versions": (dict,),
-    "machine": (str,),
-    "recommended": (dict,),
-    "held_out_texts": (int,),
-    "models": (list,),
-}
-"""What every header has, and of which types."""
 
-_MODEL_FIELDS = {
-    "data": (str,),
-    "seed": (int,),
-    "title": (str,),
-    "knowledge": (dict,),
-    "perplexity": (float, int, type(None)),
-    "fingerprint": (str,),
-    "file": (str, type(None)),
-    "size": (int, type(None)),
-}
-"""The same of each of its models."""
+class _Model(TypedDict):
+    data: str
+    seed: int
+    title: str
+    knowledge: dict[str, float]
+    perplexity: float | None
+    fingerprint: str
+    file: str | None
+    size: int | None
+
+
+class _Header(TypedDict):
+    """What every header has, beside what it calls itself."""
+
+    commands: list[list[str]]
+    data: list[str]
+    methods: list[str]
+    losses: list[str]
+    versions: dict[str, str]
+    machine: str
+    recommended: dict[str, str]
+    held_out_texts: int
+    models: list[_Model]
 
 
 def require_header(header: dict[str, Any], path: Path) -> None:
@@ -50,21 +54,12 @@ def require_header(header: dict[str, Any], path: Path) -> None:
     """
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is not of this version of overtone ({FORMAT}): choose another folder")
-    wrong = _wrong(header, _FIELDS)
-    if "models" not in wrong:
-        for number, model in enumerate(header["models"]):
-            fields = _wrong(model, _MODEL_FIELDS) if isinstance(model, dict) else [""]
-            wrong += [f"models[{number}]{field and '.'}{field}" for field in fields]
+    wrong = misfits(header, _Header)
     if wrong:
         raise ValueError(
             f"{path} is not as overtone wrote it (missing or of the wrong type: {', '.join(wrong)}): "
             "choose another folder, or remove this file"
         )
-
-
-def _wrong(values: dict[str, Any], fields: Mapping[str, tuple[type, ...]]) -> list[str]:
-    # What is missing is of no type at all, also where None is one.
-    return [name for name, types in fields.items() if not isinstance(values.get(name, ...), types)]
 
 
 def merged(earlier: dict[str, Any], now: dict[str, Any], path: Path) -> dict[str, Any]:

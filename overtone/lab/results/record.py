@@ -90,7 +90,7 @@ class EditRecord:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> EditRecord:
         """The record that `as_json` took apart."""
-        scores, trace = values["scores"], values["trace"]
+        scores, trace = values.get("scores"), values.get("trace")
         return cls(
             **{
                 **values,

@@ -18,6 +18,9 @@ from overtone.lab.run.settings import RunSettings
 from overtone.lab.run.task import SequenceTask
 from overtone.token_loss import parse
 
+_BEYOND = 2**31
+"""No setting of a method can be so large; libraries count in 32 and 64 bits."""
+
 
 @dataclass
 class Plan:
@@ -92,6 +95,9 @@ def _check(settings: RunSettings) -> None:
     for argument, least in at_least_1.items():
         if least < 1:
             raise ValueError(f"{argument} must be at least 1, got {least}")
+    for argument, number in whole.items():
+        if number >= _BEYOND:
+            raise ValueError(f"{argument} must be below {_BEYOND}, got {number}")
     if settings.held_out_texts < 0:
         raise ValueError(f"held_out_texts must be at least 0, got {settings.held_out_texts}")
     for lr in settings.lrs:
@@ -107,6 +113,10 @@ def _check(settings: RunSettings) -> None:
     if settings.model is None and settings.dtype is not None:
         raise ValueError(f"dtype is {settings.dtype}, but the lab's small models have float32: name a model")
     look_up(CORPORA, "corpus", settings.data)
+    if settings.size is not None and not any(CORPORA[data].is_file for data in settings.data):
+        raise ValueError(
+            f"size is {settings.size}, but no data here is read from a published file: name one, or leave size out"
+        )
     for method in settings.methods:
         require_method(method)
 

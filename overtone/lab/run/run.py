@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import time
@@ -18,6 +19,7 @@ from overtone import __version__
 from overtone.config import RECOMMENDED, OverToneConfig
 from overtone.lab.edit.methods import METHODS
 from overtone.lab.edit.sessions import easyedit_version, open_session
+from overtone.lab.edit.trial import try_method
 from overtone.lab.model.sources import LabModels, ModelSource, NamedModel, default_device
 from overtone.lab.results.files import require_writable
 from overtone.lab.results.folder import ResultsFolder
@@ -44,8 +46,8 @@ class Run:
             shard: this process' place among those that share the run; None: from the environment.
 
         Raises:
-            ValueError: as `overtone.lab.run.plan.make_plan`, an unknown architecture, or a number of workers that
-                cannot be.
+            ValueError: as `overtone.lab.run.plan.make_plan`, an unknown architecture, a setting of a method that its
+                models cannot take, or a number of workers that cannot be.
             OSError: a file cannot be read, or the folder cannot be made or written to.
         """
         self.settings = settings
@@ -61,6 +63,8 @@ class Run:
         self._check_workers()
         knows = self._source.knows if isinstance(self._source, NamedModel) else None
         self.plan: Plan = make_plan(settings, knows)
+        if isinstance(self._source, LabModels):
+            self._try_own_methods(self._source.untrained())
         require_writable(out)
 
     def open_models(self) -> list[dict[str, Any]]:
@@ -181,7 +185,7 @@ class Run:
             "seed": seed,
             "title": model.title,
             "knowledge": knowledge,
-            "perplexity": before,
+            "perplexity": before if before is not None and math.isfinite(before) else None,
             "fingerprint": workplace.fingerprint,
             "file": None if path is None else hashlib.sha256(path.read_bytes()).hexdigest(),
             "size": size_of(self.settings, data),
@@ -190,15 +194,17 @@ class Run:
     def _try_methods(self, data: str, seed: int) -> None:
         """Open each method once, so that a model that it does not know is refused before the first edit."""
         corpus = self.plan.corpora[data, seed]
-        model = self._source.open(corpus, seed)
+        workplace = self._source.open(corpus, seed).workplace
+        self._try_own_methods(workplace.model)
         for method in self.settings.methods:
-            chosen = (
-                METHODS[method].changed(self.settings.changes, is_large=self.settings.model is not None)
-                if method in METHODS
-                else None
-            )
-            with open_session(model.workplace, method, chosen, 0, corpus.training_texts()):
-                pass
+            if method not in METHODS:
+                with open_session(workplace, method, None, 0, corpus.training_texts()):
+                    pass
+
+    def _try_own_methods(self, model: Any) -> None:
+        for method in filter(METHODS.__contains__, self.settings.methods):
+            chosen = METHODS[method].changed(self.settings.changes, is_large=self.settings.model is not None)
+            try_method(model, METHODS[method], chosen, at_once=self.settings.sharing)
 
     def _versions(self) -> dict[str, str]:
         # Its own version is not asked of the installation: it also runs from a checkout that nobody installed.
