@@ -404,6 +404,18 @@ class TestRefused:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         assert any(getattr(module, "merged", False) for module in model.modules())
 
+    @pytest.mark.parametrize(("change", "words"), [("merge_adapter", "unmerge"), ("merge_and_unload", "PEFT adapters")])
+    def test_adapters_that_are_merged_later(self, change, words):
+        """In the step, before a pass without them: the model would be compared with itself, or changed for good."""
+        model = lora(tiny_models.build())
+        batch = batch_of(model)
+        attach(model, CONFIG, reference="adapter")
+        model = getattr(model, change)() or model
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match=words):
+            model(**batch)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
     def test_a_trained_weight_beside_the_adapter(self):
         model = lora(tiny_models.build())
         model.get_output_embeddings().weight.requires_grad_(True)

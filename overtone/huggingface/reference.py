@@ -134,6 +134,7 @@ def record_anchors(
             stacklevel=2,
         )
     if reference == "adapter":
+        _refuse_missing_adapters(batch.model, type(batch.model).__name__)
         with evaluating(batch.model), without_adapters(batch.model):
             if fused_head is not None:
                 hidden, head = fused_head.divert(batch.forward, inputs)
@@ -200,17 +201,22 @@ def _is_prompt_learning(module: nn.Module) -> bool:
     )
 
 
-def _refuse_adapters(inside: nn.Module, causal_lm: Any) -> None:
-    """Raise a ValueError unless the model without its adapters is the unedited one, whatever is trained."""
+def _refuse_missing_adapters(causal_lm: nn.Module, name: str) -> None:
+    """Raise a ValueError unless a model, of which the error says the name, has adapters to be switched off."""
     if not has_adapters(causal_lm):
         raise ValueError(
-            f"reference='adapter' needs a model with PEFT adapters, got {type(inside).__name__} without: pass a frozen "
-            "copy, reference=copy.deepcopy(model)"
+            f"reference='adapter' needs a model with PEFT adapters, got {name} without: pass a frozen copy, "
+            "reference=copy.deepcopy(model)"
         )
     if has_merged_adapters(causal_lm):
         raise ValueError(
             "reference='adapter' needs adapters that are not merged into the weights: call model.unmerge_adapter()"
         )
+
+
+def _refuse_adapters(inside: nn.Module, causal_lm: Any) -> None:
+    """Raise a ValueError unless the model without its adapters is the unedited one, whatever is trained."""
+    _refuse_missing_adapters(causal_lm, type(inside).__name__)
     if culprit := changes_base_weights(inside):
         raise ValueError(
             f"reference='adapter' cannot be the unedited model with {culprit}, which changes the weights below the "
