@@ -14,9 +14,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from overtone.checks import check_anchor, check_number, working_dtype
+from overtone.checks import check_anchor, check_layer, check_number, working_dtype
 from overtone.shard import as_dtensor
-from overtone.torch_state import is_transformed
+from overtone.torch_state import in_autocast_dtype, is_transformed
 
 __all__ = ["AnchorValue", "Anchors", "read_anchors"]
 
@@ -26,8 +26,8 @@ BLOCK_ELEMENTS = 2**19
 DEVICE_BLOCK_ELEMENTS = 2**26
 """How many on other devices."""
 
-ROUNDING = 1e-2
-"""How far above 0 rounding may leave a log-probability."""
+ROUNDING = 0.1
+"""How far from 0 rounding to half precision may leave the log of what a row's probabilities add up to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,8 @@ class Anchors:
         group_weight: of the group in the loss, 0 or above.
 
     Raises:
-        ValueError, TypeError: for shapes or types that do not fit together, or a group_weight out of range.
+        ValueError, TypeError: for shapes or types that do not fit together, log_probs whose probabilities do not add up
+            to 1, or a group_weight out of range.
     """
 
     at: Tensor
@@ -55,7 +56,7 @@ class Anchors:
 
     def __post_init__(self) -> None:
         """Raise a ValueError or TypeError unless the parts fit together."""
-        check_number("group_weight", self.group_weight, "a finite number, 0 or above", lambda value: value >= 0)
+        _check_group_weight(self.group_weight)
         _check_positions(self.at)
         if not isinstance(self.log_probs, Tensor) or self.log_probs.dim() != 2:
             raise ValueError(f"log_probs must be a tensor (A, V) or (A, k + 1), got {_shape_of(self.log_probs)}")
@@ -63,11 +64,7 @@ class Anchors:
             raise ValueError(f"log_probs must be floating point, got {self.log_probs.dtype}")
         if self.ids is not None:
             _check_ids(self.ids, self.log_probs)
-        if self.log_probs.numel() and self.log_probs.max() > ROUNDING:
-            raise ValueError(
-                f"log_probs must be 0 or below, got {self.log_probs.max():g}: these are logits, from which "
-                "Anchors.record makes log-probabilities"
-            )
+        _check_sums(self.log_probs)
         if (count := int(self.at.sum())) != len(self.log_probs):
             raise ValueError(f"log_probs must have a row for each of the {count} positions, got {len(self.log_probs)}")
 
@@ -89,9 +86,11 @@ class Anchors:
             ValueError, TypeError: for shapes or types that do not fit, or a top_k that is not in ``[1, V)``.
         """
         rows = _rows_at("logits", logits, at)
+        if logits.shape[-1] == 0:
+            raise ValueError(f"logits must have a vocabulary in their last dimension, got shape {tuple(logits.shape)}")
         _check_top_k(top_k, logits.shape[-1])
         parts = [_most_probable(rows[block], top_k) for block in row_blocks(len(rows), rows)]
-        return cls(at.to(rows.device), *_joined(parts, rows, top_k), group_weight)
+        return cls._of_logits(at.to(rows.device), *_joined(parts, rows, top_k), group_weight)
 
     @classmethod
     @torch.no_grad()
@@ -118,17 +117,29 @@ class Anchors:
         Raises:
             ValueError, TypeError: as `record`.
         """
-        rows = _rows_at("hidden", hidden, at)
+        _check_whole("hidden", hidden)
         _check_whole("weight", weight)
-        if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
-            raise ValueError(
-                "weight must be (V, H) for hidden (..., H), "
-                f"got weight {tuple(weight.shape)} for hidden {tuple(hidden.shape)}"
-            )
+        if bias is not None:
+            _check_whole("bias", bias)
+        hidden, weight, bias = in_autocast_dtype(hidden, weight, bias)
+        check_layer(hidden, weight, bias)
+        if len(weight) == 0:
+            raise ValueError(f"weight must have a row for each token, got shape {tuple(weight.shape)}")
+        rows = _rows_at("hidden", hidden, at)
         _check_top_k(top_k, len(weight))
         blocks = row_blocks(len(rows), rows, width=len(weight))
         parts = [_most_probable(torch.nn.functional.linear(rows[block], weight, bias), top_k) for block in blocks]
-        return cls(at.to(rows.device), *_joined(parts, rows.new_empty(0, len(weight)), top_k), group_weight)
+        columns = _joined(parts, rows.new_empty(0, len(weight)), top_k)
+        return cls._of_logits(at.to(rows.device), *columns, group_weight)
+
+    @classmethod
+    def _of_logits(cls, at: Tensor, log_probs: Tensor, ids: Tensor | None, group_weight: float) -> Anchors:
+        """Of parts that fit together by how they were made, in every step: without a look at their values."""
+        _check_group_weight(group_weight)
+        anchors = object.__new__(cls)
+        for name, value in (("at", at), ("log_probs", log_probs), ("ids", ids), ("group_weight", group_weight)):
+            object.__setattr__(anchors, name, value)
+        return anchors
 
     def __len__(self) -> int:
         """A, the number of positions."""
@@ -179,7 +190,7 @@ def read_anchors(
 def row_blocks(rows: int, like: Tensor, width: int | None = None) -> Iterator[slice]:
     """Slices of rows ``(rows, width)`` to work through, one after the other, on the device of like ``(rows, V)``."""
     elements = BLOCK_ELEMENTS if like.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
-    size = max(1, elements // (like.shape[1] if width is None else width))
+    size = max(1, elements // max(1, like.shape[1] if width is None else width))
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
@@ -229,6 +240,21 @@ def _check_positions(at: object) -> None:
         raise TypeError(f"at must be a torch.Tensor, got {type(at).__name__}")
     if at.dtype != torch.bool:
         raise ValueError(f"at must be bool, True at the positions that must stay, got {at.dtype}")
+
+
+def _check_group_weight(group_weight: object) -> None:
+    check_number("group_weight", group_weight, "a finite number, 0 or above", lambda value: value >= 0)
+
+
+def _check_sums(log_probs: Tensor) -> None:
+    for rows in row_blocks(len(log_probs), log_probs):
+        sums = log_probs[rows].to(working_dtype(log_probs)).logsumexp(dim=1)
+        is_wrong = sums.abs() > ROUNDING  # NaN, of a model that is broken, reaches the loss
+        if is_wrong.any():
+            raise ValueError(
+                "log_probs must be log-probabilities, which add up to 1 in every row, got a row that adds up to "
+                f"exp({sums[is_wrong][0]:g}): these are logits, from which Anchors.record makes log-probabilities"
+            )
 
 
 def _check_ids(ids: object, log_probs: Tensor) -> None:

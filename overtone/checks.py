@@ -80,6 +80,24 @@ def check_tensors(
         check_reference(logits, reference_logits)
 
 
+def check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise a ValueError unless an output layer's weight ``(V, H)`` and bias ``(V,)`` fit hidden ``(..., H)``."""
+    if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "weight must be (V, H) for hidden (..., H), "
+            f"got weight {tuple(weight.shape)} for hidden {tuple(hidden.shape)}"
+        )
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"hidden must have features in its last dimension, got shape {tuple(hidden.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({len(weight)},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != hidden.dtype or tensor.device != hidden.device):
+            raise ValueError(
+                f"{name} must be {hidden.dtype} on {hidden.device} like hidden, got {tensor.dtype} on {tensor.device}"
+            )
+
+
 def check_reference(logits: Tensor, reference_logits: Tensor) -> None:
     """Raise a ValueError or TypeError unless the unedited model's logits match the edited model's."""
     if not isinstance(reference_logits, Tensor):
