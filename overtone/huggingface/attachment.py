@@ -165,8 +165,8 @@ def attach(
             finds out (not where parameters are sharded or not loaded; there the first training step does). With
             fused=True also if the logits are not those of a plain ``torch.nn.Linear`` (soft-capping, a scale, PEFT or
             quantisation on the output layer), if parameters are sharded or not loaded, or for an observer. With
-            an anchor if there is no reference, if it changes with what is trained, with prompt learning or a vocabulary
-            spread over ranks. Nothing has changed then.
+            an anchor if there is no reference, if it changes with what is trained or has another vocabulary, with
+            prompt learning or a vocabulary spread over ranks. Nothing has changed then.
             Later, from a Trainer that computes another loss: label_smoothing_factor, a compute_loss_func.
         RuntimeError: later, from a training step whose loss was computed by something else: TRL's fused loss, put
             on the model after `attach`, or a Trainer that keeps the labels to itself; or whose output layer is no
