@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -49,8 +49,9 @@ def check_number(name: str, value: object, expected: str, accepted: Callable[[fl
         raise TypeError(
             f"{name} must be {expected}, got {value!r} of type {type(value).__name__}; pass a Python number"
         )
-    # Not math.isfinite, which torch.compile cannot trace once a second value has made a setting symbolic.
-    if not -math.inf < value < math.inf or not accepted(value):
+    # Not math.isfinite, which torch.compile cannot trace once a second value has made a setting symbolic; and a Python
+    # integer can be finite and yet no float.
+    if not -sys.float_info.max <= value <= sys.float_info.max or not accepted(value):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 

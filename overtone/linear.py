@@ -25,6 +25,7 @@ from overtone.checks import (
 from overtone.derivatives import refuse_second_derivative
 from overtone.hold import (
     HoldValue,
+    check_hold_group,
     is_settled,
     read_hold,
     release_when_held,
@@ -135,6 +136,7 @@ def linear_overtone_loss(
             anchor_epsilon=anchor_epsilon,
         )
     holding = read_hold(hold)
+    check_hold_group(hold_group)
     check_hyperparameters(epsilon, n_sigma, lam, check)
     check_reduction(reduction, ignore_index)
     if reference_logits is not None:

@@ -84,6 +84,8 @@ class TestConfig:
             ({"hold": float("inf")}, ValueError),
             ({"hold": ("correct", float("nan"))}, ValueError),
             ({"hold": "sometimes"}, ValueError),
+            ({"epsilon": 10**400}, ValueError),
+            ({"hold": ("correct", 10**400)}, ValueError),
             ({"epsilon": "0.1"}, TypeError),
             ({"check": 1}, TypeError),
         ],
@@ -156,6 +158,8 @@ class TestModule:
             ({"ignore_index": "x"}, TypeError, "ignore_index must be an integer label, got 'x'"),
             ({"config": torch.ones(5)}, TypeError, "config must be an OverToneConfig or None, got Tensor"),
             ({"config": {"epsilon": 0.1}}, TypeError, "config must be an OverToneConfig or None, got dict"),
+            ({"shard": 3}, TypeError, "shard must be a VocabularyShard or None, got 3"),
+            ({"hold_group": 3}, TypeError, "hold_group must be a torch.distributed.ProcessGroup or None, got 3"),
         ],
     )
     def test_what_it_cannot_honour_raises(self, arguments, error, message):
