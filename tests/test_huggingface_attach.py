@@ -546,6 +546,12 @@ class TestCopies:
             attach(model, "lora")
         assert "_loss_function" not in model.__dict__
 
+    @pytest.mark.parametrize("name", ["observer", "hold_group"])
+    def test_arguments_of_another_type_are_refused(self, model, name):
+        with pytest.raises(TypeError, match=f"{name} must be .*, got 3"):
+            attach(model, **{name: 3})
+        assert "_loss_function" not in model.__dict__
+
     @pytest.mark.parametrize("fused", ["yes", 1, 0.0])
     def test_fused_is_a_bool_or_none(self, model, fused):
         """A word that is true would switch it on unasked."""

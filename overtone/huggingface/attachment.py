@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from overtone.config import OverToneConfig
+from overtone.hold import check_hold_group
 from overtone.huggingface.attached_loss import AttachedLoss
 from overtone.huggingface.calls import Calls
 from overtone.huggingface.forward import RECORD, WatchedForward, unwatch, watch
 from overtone.huggingface.fused_head import FusedHead, refuse_unfusable_model, spreads_vocabulary
 from overtone.huggingface.holding import cut_off_added_terms
-from overtone.huggingface.loss import EvalLoss, Observer, check_eval_loss, checked_config
+from overtone.huggingface.loss import EvalLoss, Observer, check_eval_loss, check_observer, checked_config
 from overtone.huggingface.reference import Reference, check_reference
 from overtone.huggingface.verification import find_causal_lm, refuse_unsupported_model, verify_loss_is_called
 from overtone.huggingface.wrappers import keeps_forward_of, peft_wrappers, refuse_replaced_loss
@@ -158,8 +159,8 @@ def attach(
         A handle with ``detach()``, which is also a context manager.
 
     Raises:
-        TypeError: if there is no Hugging Face model inside, config is not an OverToneConfig, or fused is not a bool or
-            None.
+        TypeError: if there is no Hugging Face model inside, or for a config, observer, fused or hold_group of another
+            type.
         ValueError: if the model would not call the loss: its forward computes its loss another way, it is not a causal
             language model, a Liger without ``skip_logits`` is on it, or PEFT's CPT around it. One forward of two tokens
             finds out (not where parameters are sharded or not loaded; there the first training step does). With
@@ -174,6 +175,8 @@ def attach(
     """
     config = checked_config(config)
     check_eval_loss(eval_loss)
+    check_observer(observer)
+    check_hold_group(hold_group)
     if fused is not None and not isinstance(fused, bool):
         raise TypeError(
             f"fused must be True, False or None, got {fused!r} of type {type(fused).__name__}; leave it out"
