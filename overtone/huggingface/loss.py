@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from overtone.anchor import AnchorValue
 from overtone.checks import check_number, check_tensors
-from overtone.config import OverToneConfig
+from overtone.config import OverToneConfig, checked_config
 from overtone.linear import linear_overtone_loss
 from overtone.loss import overtone_loss
 
@@ -119,13 +119,6 @@ def causal_lm_loss_of_hidden(
         anchors=anchors,
     )
     return _normalised(loss, next_tokens, weights, num_items_in_batch, ignore_index, is_anchored=config.anchor > 0)
-
-
-def checked_config(config: OverToneConfig | None) -> OverToneConfig:
-    """The defaults for None; a TypeError for anything but an OverToneConfig."""
-    if config is not None and not isinstance(config, OverToneConfig):
-        raise TypeError(f"config must be an OverToneConfig or None, got {type(config).__name__}: {config!r}")
-    return config or OverToneConfig()
 
 
 def check_observer(observer: object) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from overtone.checks import check_number
-from overtone.config import OverToneConfig
+from overtone.config import OverToneConfig, checked_config
 from overtone.cut_off import without_effect
 from overtone.hold import check_hold_group
 from overtone.huggingface.alignment import labels_are_shifted
@@ -22,7 +22,6 @@ from overtone.huggingface.loss import (
     causal_lm_loss,
     check_eval_loss,
     check_observer,
-    checked_config,
 )
 from overtone.huggingface.trainers import calling_trainer, items_that_count, smooths_labels
 from overtone.huggingface.wrappers import (
