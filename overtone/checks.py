@@ -124,13 +124,20 @@ def _shape_message(logits: Tensor, labels: Tensor) -> str:
     return message
 
 
-def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Raise a ValueError for a label outside ``[0, V)``; reads the labels, so it costs a host synchronisation."""
-    wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+def check_labels(labels: Tensor, vocabulary: int, ignore_index: int | None) -> None:
+    """Raise a ValueError for a label outside ``[0, V)``; reads the labels, so it costs a host synchronisation.
+
+    Args:
+        labels: ``(...)``.
+        vocabulary: V.
+        ignore_index: another label that is allowed; None for none.
+    """
+    wrong = (labels < 0) | (labels >= vocabulary)
+    if ignore_index is not None:
+        wrong = wrong & (labels != ignore_index)
     if wrong.any():
-        raise ValueError(
-            f"labels must lie in [0, {vocabulary}) or equal ignore_index={ignore_index}, got {labels[wrong][0].item()}"
-        )
+        allowed = "" if ignore_index is None else f" or equal ignore_index={ignore_index}"
+        raise ValueError(f"labels must lie in [0, {vocabulary}){allowed}, got {labels[wrong][0].item()}")
 
 
 def flatten_tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,8 @@ class TestConfig:
         """The message lists the known ones."""
         with pytest.raises(ValueError, match=r"method must be one of \['ft-m', 'lora', 'melo', 'wise'\], got 'rome'"):
             OverToneConfig.preset("rome")
+        with pytest.raises(ValueError, match=r"method must be one of .* got \['lora'\]"):
+            OverToneConfig.preset(["lora"])
 
     @pytest.mark.parametrize(("method", "n_sigma"), [("lora", 0.5), ("melo", 1), ("wise", 1)])
     def test_recommended_settings(self, method, n_sigma):
