@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import TypeAlias
 
 import torch
@@ -43,6 +43,7 @@ class Anchors:
             one (log-sum inequality).
         ids: ``(A, k)``, int64, for each position k different tokens; None for the whole vocabulary.
         group_weight: of the group in the loss, 0 or above.
+        vocabulary: V of the logits that they were recorded from, which has to be that of the call; None otherwise.
 
     Raises:
         ValueError, TypeError: for shapes or types that do not fit together, log_probs whose probabilities do not add up
@@ -53,6 +54,7 @@ class Anchors:
     log_probs: Tensor
     ids: Tensor | None = None
     group_weight: float = 1.0
+    vocabulary: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Raise a ValueError or TypeError unless the parts fit together."""
@@ -90,7 +92,7 @@ class Anchors:
             raise ValueError(f"logits must have a vocabulary in their last dimension, got shape {tuple(logits.shape)}")
         _check_top_k(top_k, logits.shape[-1])
         parts = [_most_probable(rows[block], top_k) for block in row_blocks(len(rows), rows)]
-        return cls._of_logits(at.to(rows.device), *_joined(parts, rows, top_k), group_weight)
+        return cls._of_logits(at.to(rows.device), *_joined(parts, rows, top_k), group_weight, logits.shape[-1])
 
     @classmethod
     @torch.no_grad()
@@ -130,15 +132,17 @@ class Anchors:
         blocks = row_blocks(len(rows), rows, width=len(weight))
         parts = [_most_probable(torch.nn.functional.linear(rows[block], weight, bias), top_k) for block in blocks]
         columns = _joined(parts, rows.new_empty(0, len(weight)), top_k)
-        return cls._of_logits(at.to(rows.device), *columns, group_weight)
+        return cls._of_logits(at.to(rows.device), *columns, group_weight, len(weight))
 
     @classmethod
-    def _of_logits(cls, at: Tensor, log_probs: Tensor, ids: Tensor | None, group_weight: float) -> Anchors:
+    def _of_logits(
+        cls, at: Tensor, log_probs: Tensor, ids: Tensor | None, group_weight: float, vocabulary: int
+    ) -> Anchors:
         """Of parts that fit together by how they were made, in every step: without a look at their values."""
         _check_group_weight(group_weight)
         anchors = object.__new__(cls)
-        for name, value in (("at", at), ("log_probs", log_probs), ("ids", ids), ("group_weight", group_weight)):
-            object.__setattr__(anchors, name, value)
+        for one, value in zip(fields(cls), (at, log_probs, ids, group_weight, vocabulary), strict=True):
+            object.__setattr__(anchors, one.name, value)
         return anchors
 
     def __len__(self) -> int:
@@ -288,10 +292,10 @@ def _check_group(group: Anchors, labels: Tensor, vocabulary: int, ignore_index: 
         raise ValueError(
             f"anchors must have the shape of labels {tuple(labels.shape)}, got at of shape {tuple(group.at.shape)}"
         )
-    if group.ids is None and group.log_probs.shape[1] != vocabulary:
+    recorded = group.log_probs.shape[1] if group.ids is None else group.vocabulary
+    if recorded is not None and recorded != vocabulary:
         raise ValueError(
-            f"anchors must be of the vocabulary of logits, V = {vocabulary}, got log_probs of shape "
-            f"{tuple(group.log_probs.shape)}"
+            f"anchors must be of the vocabulary of logits, V = {vocabulary}, got anchors of {recorded} tokens"
         )
     for name, tensor in (("at", group.at), ("log_probs", group.log_probs), ("ids", group.ids)):
         if tensor is not None and tensor.device != labels.device:

@@ -537,8 +537,9 @@ class TestRefused:
             ({"anchors": Anchors.record(torch.zeros(2, 4, VOCABULARY), PROMPT[:, :4])}, ValueError, "anchors"),
             ({"anchors": Anchors.record(torch.zeros(2, 5, VOCABULARY + 1), PROMPT)}, ValueError, "anchors"),
             ({"anchors": Anchors.record(torch.zeros(2, 5, VOCABULARY), ~PROMPT)}, ValueError, "anchors"),
+            ({"anchors": Anchors.record(torch.zeros(2, 5, VOCABULARY - 1), PROMPT, top_k=2)}, ValueError, "vocabulary"),
             (
-                {"anchors": Anchors.record(torch.arange(VOCABULARY + 1.0).expand(2, 5, -1), PROMPT, top_k=2)},
+                {"anchors": Anchors(PROMPT, torch.zeros(4, 2).log_softmax(dim=1), torch.full((4, 1), VOCABULARY))},
                 ValueError,
                 "ids",
             ),
