@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from overtone.checks import check_anchor, check_number, working_dtype
+from overtone.checks import check_anchor, check_layer, check_number, working_dtype
 from overtone.shard import as_dtensor
-from overtone.torch_state import is_transformed
+from overtone.torch_state import in_autocast_dtype, is_transformed
 
 __all__ = ["AnchorValue", "Anchors", "read_anchors"]
 
@@ -26,8 +26,8 @@ BLOCK_ELEMENTS = 2**19
 DEVICE_BLOCK_ELEMENTS = 2**26
 """How many on other devices."""
 
-ROUNDING = 1e-2
-"""How far above 0 rounding may leave a log-probability."""
+ROUNDING = 0.1
+"""How far from 0 rounding to half precision may leave the log of what a row's probabilities add up to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,19 +43,22 @@ class Anchors:
             one (log-sum inequality).
         ids: ``(A, k)``, int64, for each position k different tokens; None for the whole vocabulary.
         group_weight: of the group in the loss, 0 or above.
+        vocabulary: V of the logits that they were recorded from, which has to be that of the call; None otherwise.
 
     Raises:
-        ValueError, TypeError: for shapes or types that do not fit together, or a group_weight out of range.
+        ValueError, TypeError: for shapes or types that do not fit together, log_probs whose probabilities do not add up
+            to 1, or a group_weight out of range.
     """
 
     at: Tensor
     log_probs: Tensor
     ids: Tensor | None = None
     group_weight: float = 1.0
+    vocabulary: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Raise a ValueError or TypeError unless the parts fit together."""
-        check_number("group_weight", self.group_weight, "a finite number, 0 or above", lambda value: value >= 0)
+        _check_group_weight(self.group_weight)
         _check_positions(self.at)
         if not isinstance(self.log_probs, Tensor) or self.log_probs.dim() != 2:
             raise ValueError(f"log_probs must be a tensor (A, V) or (A, k + 1), got {_shape_of(self.log_probs)}")
@@ -63,11 +66,7 @@ class Anchors:
             raise ValueError(f"log_probs must be floating point, got {self.log_probs.dtype}")
         if self.ids is not None:
             _check_ids(self.ids, self.log_probs)
-        if self.log_probs.numel() and self.log_probs.max() > ROUNDING:
-            raise ValueError(
-                f"log_probs must be 0 or below, got {self.log_probs.max():g}: these are logits, from which "
-                "Anchors.record makes log-probabilities"
-            )
+        _check_sums(self.log_probs)
         if (count := int(self.at.sum())) != len(self.log_probs):
             raise ValueError(f"log_probs must have a row for each of the {count} positions, got {len(self.log_probs)}")
 
@@ -89,9 +88,11 @@ class Anchors:
             ValueError, TypeError: for shapes or types that do not fit, or a top_k that is not in ``[1, V)``.
         """
         rows = _rows_at("logits", logits, at)
+        if logits.shape[-1] == 0:
+            raise ValueError(f"logits must have a vocabulary in their last dimension, got shape {tuple(logits.shape)}")
         _check_top_k(top_k, logits.shape[-1])
         parts = [_most_probable(rows[block], top_k) for block in row_blocks(len(rows), rows)]
-        return cls(at.to(rows.device), *_joined(parts, rows, top_k), group_weight)
+        return cls._of_logits(at.to(rows.device), *_joined(parts, rows, top_k), group_weight, logits.shape[-1])
 
     @classmethod
     @torch.no_grad()
@@ -118,17 +119,31 @@ class Anchors:
         Raises:
             ValueError, TypeError: as `record`.
         """
-        rows = _rows_at("hidden", hidden, at)
+        _check_whole("hidden", hidden)
         _check_whole("weight", weight)
-        if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
-            raise ValueError(
-                "weight must be (V, H) for hidden (..., H), "
-                f"got weight {tuple(weight.shape)} for hidden {tuple(hidden.shape)}"
-            )
+        if bias is not None:
+            _check_whole("bias", bias)
+        hidden, weight, bias = in_autocast_dtype(hidden, weight, bias)
+        check_layer(hidden, weight, bias)
+        if len(weight) == 0:
+            raise ValueError(f"weight must have a row for each token, got shape {tuple(weight.shape)}")
+        rows = _rows_at("hidden", hidden, at)
         _check_top_k(top_k, len(weight))
         blocks = row_blocks(len(rows), rows, width=len(weight))
         parts = [_most_probable(torch.nn.functional.linear(rows[block], weight, bias), top_k) for block in blocks]
-        return cls(at.to(rows.device), *_joined(parts, rows.new_empty(0, len(weight)), top_k), group_weight)
+        columns = _joined(parts, rows.new_empty(0, len(weight)), top_k)
+        return cls._of_logits(at.to(rows.device), *columns, group_weight, len(weight))
+
+    @classmethod
+    def _of_logits(
+        cls, at: Tensor, log_probs: Tensor, ids: Tensor | None, group_weight: float, vocabulary: int
+    ) -> Anchors:
+        """Of parts that fit together by how they were made, in every step: without a look at their values."""
+        _check_group_weight(group_weight)
+        anchors = object.__new__(cls)
+        for one, value in zip(fields(cls), (at, log_probs, ids, group_weight, vocabulary), strict=True):
+            object.__setattr__(anchors, one.name, value)
+        return anchors
 
     def __len__(self) -> int:
         """A, the number of positions."""
@@ -179,7 +194,7 @@ def read_anchors(
 def row_blocks(rows: int, like: Tensor, width: int | None = None) -> Iterator[slice]:
     """Slices of rows ``(rows, width)`` to work through, one after the other, on the device of like ``(rows, V)``."""
     elements = BLOCK_ELEMENTS if like.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
-    size = max(1, elements // (like.shape[1] if width is None else width))
+    size = max(1, elements // max(1, like.shape[1] if width is None else width))
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
@@ -231,6 +246,21 @@ def _check_positions(at: object) -> None:
         raise ValueError(f"at must be bool, True at the positions that must stay, got {at.dtype}")
 
 
+def _check_group_weight(group_weight: object) -> None:
+    check_number("group_weight", group_weight, "a finite number, 0 or above", lambda value: value >= 0)
+
+
+def _check_sums(log_probs: Tensor) -> None:
+    for rows in row_blocks(len(log_probs), log_probs):
+        sums = log_probs[rows].to(working_dtype(log_probs)).logsumexp(dim=1)
+        is_wrong = sums.abs() > ROUNDING  # NaN, of a model that is broken, reaches the loss
+        if is_wrong.any():
+            raise ValueError(
+                "log_probs must be log-probabilities, which add up to 1 in every row, got a row that adds up to "
+                f"exp({sums[is_wrong][0]:g}): these are logits, from which Anchors.record makes log-probabilities"
+            )
+
+
 def _check_ids(ids: object, log_probs: Tensor) -> None:
     if not isinstance(ids, Tensor):
         raise TypeError(f"ids must be a torch.Tensor or None, got {type(ids).__name__}")
@@ -262,10 +292,10 @@ def _check_group(group: Anchors, labels: Tensor, vocabulary: int, ignore_index: 
         raise ValueError(
             f"anchors must have the shape of labels {tuple(labels.shape)}, got at of shape {tuple(group.at.shape)}"
         )
-    if group.ids is None and group.log_probs.shape[1] != vocabulary:
+    recorded = group.log_probs.shape[1] if group.ids is None else group.vocabulary
+    if recorded is not None and recorded != vocabulary:
         raise ValueError(
-            f"anchors must be of the vocabulary of logits, V = {vocabulary}, got log_probs of shape "
-            f"{tuple(group.log_probs.shape)}"
+            f"anchors must be of the vocabulary of logits, V = {vocabulary}, got anchors of {recorded} tokens"
         )
     for name, tensor in (("at", group.at), ("log_probs", group.log_probs), ("ids", group.ids)):
         if tensor is not None and tensor.device != labels.device:

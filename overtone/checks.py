@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -49,8 +49,9 @@ def check_number(name: str, value: object, expected: str, accepted: Callable[[fl
         raise TypeError(
             f"{name} must be {expected}, got {value!r} of type {type(value).__name__}; pass a Python number"
         )
-    # Not math.isfinite, which torch.compile cannot trace once a second value has made a setting symbolic.
-    if not -math.inf < value < math.inf or not accepted(value):
+    # Not math.isfinite, which torch.compile cannot trace once a second value has made a setting symbolic; and a Python
+    # integer can be finite and yet no float.
+    if not -sys.float_info.max <= value <= sys.float_info.max or not accepted(value):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
@@ -80,6 +81,24 @@ def check_tensors(
         check_reference(logits, reference_logits)
 
 
+def check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise a ValueError unless an output layer's weight ``(V, H)`` and bias ``(V,)`` fit hidden ``(..., H)``."""
+    if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "weight must be (V, H) for hidden (..., H), "
+            f"got weight {tuple(weight.shape)} for hidden {tuple(hidden.shape)}"
+        )
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"hidden must have features in its last dimension, got shape {tuple(hidden.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({len(weight)},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != hidden.dtype or tensor.device != hidden.device):
+            raise ValueError(
+                f"{name} must be {hidden.dtype} on {hidden.device} like hidden, got {tensor.dtype} on {tensor.device}"
+            )
+
+
 def check_reference(logits: Tensor, reference_logits: Tensor) -> None:
     """Raise a ValueError or TypeError unless the unedited model's logits match the edited model's."""
     if not isinstance(reference_logits, Tensor):
@@ -105,13 +124,20 @@ def _shape_message(logits: Tensor, labels: Tensor) -> str:
     return message
 
 
-def check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Raise a ValueError for a label outside ``[0, V)``; reads the labels, so it costs a host synchronisation."""
-    wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+def check_labels(labels: Tensor, vocabulary: int, ignore_index: int | None) -> None:
+    """Raise a ValueError for a label outside ``[0, V)``; reads the labels, so it costs a host synchronisation.
+
+    Args:
+        labels: ``(...)``.
+        vocabulary: V.
+        ignore_index: another label that is allowed; None for none.
+    """
+    wrong = (labels < 0) | (labels >= vocabulary)
+    if ignore_index is not None:
+        wrong = wrong & (labels != ignore_index)
     if wrong.any():
-        raise ValueError(
-            f"labels must lie in [0, {vocabulary}) or equal ignore_index={ignore_index}, got {labels[wrong][0].item()}"
-        )
+        allowed = "" if ignore_index is None else f" or equal ignore_index={ignore_index}"
+        raise ValueError(f"labels must lie in [0, {vocabulary}){allowed}, got {labels[wrong][0].item()}")
 
 
 def flatten_tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ class OverToneConfig:
 
     @classmethod
     def _of_method(cls, settings: Mapping[str, dict[str, Any]], method: str, changes: dict[str, Any]) -> OverToneConfig:
-        if method not in settings:
+        if not isinstance(method, str) or method not in settings:
             raise ValueError(f"method must be one of {sorted(settings)}, got {method!r}")
         return cls(**{**settings[method], **changes})
 
@@ -87,6 +87,14 @@ class OverToneConfig:
 
 
 OverToneConfig.__init__ = accepts_old_names(OverToneConfig.__init__)  # type: ignore[method-assign]
+
+
+def checked_config(config: OverToneConfig | None) -> OverToneConfig:
+    """The defaults for None; a TypeError for anything but an OverToneConfig."""
+    if config is not None and not isinstance(config, OverToneConfig):
+        raise TypeError(f"config must be an OverToneConfig or None, got {type(config).__name__}: {config!r}")
+    return config or OverToneConfig()
+
 
 PRESETS: dict[str, dict[str, float]] = {
     "ft-m": {"epsilon": 0.01, "n_sigma": 0.5, "lam": 0.1},

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from overtone.checks import check_labels, check_tensors, flatten_tokens, working_dtype
-from overtone.config import OverToneConfig
+from overtone.config import OverToneConfig, checked_config
 from overtone.functional import ground_truth_check, mix_target, top_n_sigma_filter
 from overtone.hold import is_settled, read_hold
 from overtone.loss import overtone_loss
@@ -66,7 +66,7 @@ def token_states(
     Raises:
         ValueError, TypeError: as `overtone.overtone_loss`.
     """
-    config = config or OverToneConfig()
+    config = checked_config(config)
     logits, labels, shard = take_shard(logits, labels, shard)
     if reference_logits is not None:
         refuse_reference_with_shard(shard)
@@ -125,6 +125,9 @@ def underfitting_degree(unedited_logits: Tensor, logits: Tensor, labels: Tensor)
         ValueError, TypeError: as `overtone.overtone_loss`, and for unedited_logits of another shape.
     """
     check_tensors(logits, labels)
+    check_labels(labels, logits.shape[-1], None)
+    if not isinstance(unedited_logits, Tensor):
+        raise TypeError(f"unedited_logits must be a torch.Tensor, got {type(unedited_logits).__name__}")
     if unedited_logits.shape != logits.shape:
         raise ValueError(
             f"unedited_logits must have the shape of logits {tuple(logits.shape)}, got {tuple(unedited_logits.shape)}"

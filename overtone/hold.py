@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -121,13 +121,28 @@ def read_hold(value: HoldValue) -> Hold:
         if isinstance(part, bool) or not isinstance(part, (str, int, float)):
             raise TypeError(f"hold must be {EXPECTED}, got {value!r} of type {type(value).__name__}")
     words = [part for part in parts if isinstance(part, str)]
-    numbers = [float(part) for part in parts if isinstance(part, (int, float))]
-    if math.inf in numbers:
+    numbers = [part for part in parts if isinstance(part, (int, float))]
+    if any(number > sys.float_info.max for number in numbers):
         raise ValueError(f"hold={value!r} would hold every call: pass 'correct', or a number of nats")
     is_known = all(word in ("correct", "settled") for word in words) and all(number > 0 for number in numbers)
     if not parts or not is_known or len(set(words)) < len(words) or len(numbers) > 1:
         raise ValueError(f"hold must be {EXPECTED}, got {value!r}")
-    return Hold("correct" in words, "settled" in words, numbers[0] if numbers else None)
+    return Hold("correct" in words, "settled" in words, float(numbers[0]) if numbers else None)
+
+
+def check_hold_group(group: object) -> None:
+    """Raise a TypeError for anything but ranks of torch.distributed, which may be without this one, or None."""
+    if group is None:
+        return
+    if torch.distributed.is_available():
+        from torch.distributed import GroupMember, ProcessGroup
+
+        if isinstance(group, ProcessGroup) or group == GroupMember.NON_GROUP_MEMBER:
+            return
+    raise TypeError(
+        f"hold_group must be a torch.distributed.ProcessGroup or None, got {group!r} of type {type(group).__name__}: "
+        "leave it out for all ranks"
+    )
 
 
 def refuse_hold_in_graph(hold: Hold) -> None:

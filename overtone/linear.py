@@ -16,6 +16,7 @@ from overtone.checks import (
     Reduction,
     check_hyperparameters,
     check_labels,
+    check_layer,
     check_reduction,
     check_tensors,
     reduce_tokens,
@@ -24,6 +25,7 @@ from overtone.checks import (
 from overtone.derivatives import refuse_second_derivative
 from overtone.hold import (
     HoldValue,
+    check_hold_group,
     is_settled,
     read_hold,
     release_when_held,
@@ -32,7 +34,7 @@ from overtone.kernels import Clip, Fit, Kernel, Target, choose
 from overtone.loss import overtone_loss
 from overtone.old_hold_names import accepts_old_names
 from overtone.shard import VocabularyShard, refuse_anchors_with_shard, take_layer_shard
-from overtone.torch_state import is_transformed
+from overtone.torch_state import in_autocast_dtype, is_transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -134,6 +136,7 @@ def linear_overtone_loss(
             anchor_epsilon=anchor_epsilon,
         )
     holding = read_hold(hold)
+    check_hold_group(hold_group)
     check_hyperparameters(epsilon, n_sigma, lam, check)
     check_reduction(reduction, ignore_index)
     if reference_logits is not None:
@@ -143,8 +146,10 @@ def linear_overtone_loss(
         )
     _check_types(hidden, weight, bias)
     hidden, weight, bias, labels, shard = take_layer_shard(hidden, weight, bias, labels, shard)
-    hidden, weight, bias = _in_autocast_dtype(hidden, weight, bias)
-    _check_layer(hidden, weight, bias, chunk_size)
+    hidden, weight, bias = in_autocast_dtype(hidden, weight, bias)
+    check_layer(hidden, weight, bias)
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be a whole number of rows, 1 or more, or None, got {chunk_size!r}")
     vocabulary = len(weight) if shard is None else shard.size
     check_tensors(hidden.new_empty(()).expand(*hidden.shape[:-1], vocabulary), labels)
     token_labels = labels.reshape(-1).long()
@@ -191,34 +196,6 @@ def _check_types(hidden: object, weight: object, bias: object) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if isinstance(hidden, Tensor) and not hidden.is_floating_point():
         raise ValueError(f"hidden must be floating point, got {hidden.dtype}")
-
-
-def _in_autocast_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What autocast would make of the arguments of F.linear."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int | None) -> None:
-    if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            "weight must be (V, H) for hidden (..., H), "
-            f"got weight {tuple(weight.shape)} for hidden {tuple(hidden.shape)}"
-        )
-    if hidden.shape[-1] == 0:
-        raise ValueError(f"hidden must have features in its last dimension, got shape {tuple(hidden.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({len(weight)},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.dtype != hidden.dtype or tensor.device != hidden.device):
-            raise ValueError(
-                f"{name} must be {hidden.dtype} on {hidden.device} like hidden, got {tensor.dtype} on {tensor.device}"
-            )
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be a whole number of rows, 1 or more, or None, got {chunk_size!r}")
 
 
 class _Tokens(NamedTuple):

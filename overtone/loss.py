@@ -23,6 +23,7 @@ from overtone.functional import ground_truth_check, reference_loss
 from overtone.hold import (
     Hold,
     HoldValue,
+    check_hold_group,
     is_settled,
     read_hold,
     refuse_hold_in_graph,
@@ -33,6 +34,7 @@ from overtone.old_hold_names import accepts_old_names
 from overtone.shard import (
     VocabularyShard,
     as_dtensor,
+    check_shard,
     refuse_anchors_with_shard,
     refuse_reference_with_shard,
     take_shard,
@@ -131,6 +133,7 @@ def overtone_loss(
     if reference_logits is not None:
         refuse_reference_with_shard(shard)
     holding = read_hold(hold)
+    check_hold_group(hold_group)
     check_hyperparameters(epsilon, n_sigma, lam, check)
     check_reduction(reduction, ignore_index)
     check_tensors(logits, labels, reference_logits, may_be_empty=shard is not None)
@@ -214,7 +217,8 @@ class OverToneLoss(nn.Module):
         hold_group, shard: as in `overtone_loss`.
 
     Raises:
-        TypeError: for a config that is no OverToneConfig, or an ignore_index that is no integer.
+        TypeError: for a config that is no OverToneConfig, an ignore_index that is no integer, or another hold_group or
+            shard.
         ValueError: for another reduction, and for what CrossEntropyLoss has and this loss does not. The call raises as
             `overtone_loss` does.
     """
@@ -238,6 +242,8 @@ class OverToneLoss(nn.Module):
                 f"config must be an OverToneConfig or None, got {type(config).__name__}; there are no class weights"
             )
         check_reduction(reduction, ignore_index)
+        check_hold_group(hold_group)
+        check_shard(shard)
         if weight is not None:
             raise ValueError(
                 "weight must be None: OverTone has no class weights; use torch.nn.CrossEntropyLoss for them"

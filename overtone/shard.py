@@ -76,6 +76,15 @@ class VocabularyShard:
         return parts
 
 
+def check_shard(shard: object) -> None:
+    """Raise a TypeError for anything but a VocabularyShard or None."""
+    if shard is not None and not isinstance(shard, VocabularyShard):
+        raise TypeError(
+            f"shard must be a VocabularyShard or None, got {shard!r} of type {type(shard).__name__}: pass "
+            "VocabularyShard(start, size)"
+        )
+
+
 def refuse_reference_with_shard(shard: VocabularyShard | None) -> None:
     """Raise a ValueError for a part of the logits, whose reference the literal loss would need whole."""
     if shard is not None:
@@ -109,6 +118,7 @@ def take_shard(
     Raises:
         ValueError: for a DTensor that is placed otherwise.
     """
+    check_shard(shard)
     labels = _whole("labels", labels)
     spread = as_dtensor(logits)
     if spread is None:
@@ -124,6 +134,7 @@ def take_layer_shard(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, shard: VocabularyShard | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, VocabularyShard | None]:
     """As `take_shard`, of an output layer whose weight ``(V, H)`` and bias ``(V,)`` are sharded over the vocabulary."""
+    check_shard(shard)
     hidden, labels = _whole("hidden", hidden), _whole("labels", labels)
     spread, spread_bias = as_dtensor(weight), as_dtensor(bias)
     if spread is None:

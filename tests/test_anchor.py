@@ -438,6 +438,7 @@ class TestRecord:
             ({"at": [True]}, TypeError),
             ({"logits": torch.zeros(*PROMPT.shape, VOCABULARY, dtype=torch.long)}, ValueError),
             ({"logits": None}, TypeError),
+            ({"logits": torch.zeros(*PROMPT.shape, 0)}, ValueError),
             ({"top_k": 0}, ValueError),
             ({"top_k": VOCABULARY}, ValueError),
             ({"top_k": 2.0}, TypeError),
@@ -455,6 +456,10 @@ class TestRecord:
             ({"hidden": torch.zeros(2, 5, 3)}, ValueError, "weight"),
             ({"weight": torch.zeros(3)}, ValueError, "weight"),
             ({"weight": None}, TypeError, "weight"),
+            ({"weight": torch.zeros(VOCABULARY, HIDDEN)}, ValueError, "weight must be torch.float64"),
+            ({"weight": torch.zeros(0, HIDDEN, dtype=torch.float64)}, ValueError, "weight"),
+            ({"bias": torch.zeros(3, dtype=torch.float64)}, ValueError, "bias"),
+            ({"bias": [0.0]}, TypeError, "bias"),
             ({"at": PROMPT[:, :3]}, ValueError, "at"),
             ({"top_k": VOCABULARY}, ValueError, "top_k"),
         ],
@@ -464,8 +469,16 @@ class TestRecord:
         with pytest.raises(error, match=name):
             Anchors.record_hidden(**{"hidden": hidden, "weight": weight, "at": PROMPT, **change})
 
+    def test_hidden_states_under_autocast(self):
+        """Where the layer is in another precision than its input, as it is in a model's forward."""
+        hidden, weight, bias, _, _ = layer(torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = Anchors.record_hidden(hidden.bfloat16(), weight, PROMPT, bias=bias)
+            expected = Anchors.record(F.linear(hidden, weight, bias), PROMPT)
+        assert torch.equal(found.log_probs, expected.log_probs)
+
     def test_parts_must_fit_together(self):
-        log_probs = torch.zeros(3, VOCABULARY)
+        log_probs = torch.zeros(3, VOCABULARY).log_softmax(dim=1)
         with pytest.raises(ValueError, match="log_probs"):
             Anchors(PROMPT, log_probs)
         with pytest.raises(ValueError, match="ids"):
@@ -494,6 +507,18 @@ class TestRecord:
             Anchors(PROMPT, logits)
         assert len(Anchors(PROMPT, logits.log_softmax(dim=1))) == 4
 
+    @pytest.mark.parametrize("value", [-5.0, -math.inf])
+    def test_log_probs_that_are_no_distribution(self, value):
+        """All below 0, and yet logits: the KL would be clamped to 0, and the anchor silently off."""
+        with pytest.raises(ValueError, match="log_probs"):
+            Anchors(PROMPT, torch.full((4, VOCABULARY), value))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_log_probs_may_be_rounded(self, dtype):
+        """Alike for each of 128k tokens, so that every one is rounded in the same direction."""
+        even = torch.zeros(4, 2**17 - 100).log_softmax(dim=1)
+        assert len(Anchors(PROMPT, even.to(dtype))) == 4
+
 
 class TestRefused:
     @pytest.mark.parametrize(
@@ -512,8 +537,9 @@ class TestRefused:
             ({"anchors": Anchors.record(torch.zeros(2, 4, VOCABULARY), PROMPT[:, :4])}, ValueError, "anchors"),
             ({"anchors": Anchors.record(torch.zeros(2, 5, VOCABULARY + 1), PROMPT)}, ValueError, "anchors"),
             ({"anchors": Anchors.record(torch.zeros(2, 5, VOCABULARY), ~PROMPT)}, ValueError, "anchors"),
+            ({"anchors": Anchors.record(torch.zeros(2, 5, VOCABULARY - 1), PROMPT, top_k=2)}, ValueError, "vocabulary"),
             (
-                {"anchors": Anchors.record(torch.arange(VOCABULARY + 1.0).expand(2, 5, -1), PROMPT, top_k=2)},
+                {"anchors": Anchors(PROMPT, torch.zeros(4, 2).log_softmax(dim=1), torch.full((4, 1), VOCABULARY))},
                 ValueError,
                 "ids",
             ),

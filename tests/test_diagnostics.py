@@ -8,6 +8,7 @@ import torch.distributed
 import torch.nn.functional as F
 
 from overtone import OverToneConfig, diagnostics, overtone_loss, token_states
+from overtone.diagnostics import underfitting_degree
 
 LOGITS = torch.randn(4, 6, 9, generator=torch.Generator().manual_seed(0)) * 3
 LABELS = LOGITS.argmax(dim=-1).where(torch.arange(6) % 2 == 0, torch.arange(6) + 1)
@@ -93,3 +94,12 @@ class TestTokenStates:
         """Errors are the loss's own."""
         with pytest.raises(ValueError, match=r"labels must lie in \[0, 9\)"):
             token_states(LOGITS, LABELS + 9)
+        for config in ({}, {"lam": 0.5}):
+            with pytest.raises(TypeError, match="config must be an OverToneConfig or None, got dict"):
+                token_states(LOGITS, LABELS, config)
+
+
+@pytest.mark.parametrize(("label", "got"), [(-100, "-100"), (9, "9")])
+def test_underfitting_of_a_label_that_is_no_token(label, got):
+    with pytest.raises(ValueError, match=rf"labels must lie in \[0, 9\), got {got}"):
+        underfitting_degree(LOGITS, LOGITS, torch.full(LABELS.shape, label))

@@ -498,6 +498,8 @@ class TestRestore:
             overtone.easyedit.install(["KN"])
         with pytest.raises(TypeError, match="list of names"):
             overtone.easyedit.install("FT")
+        with pytest.raises(TypeError, match="methods must be a list of names or None, got 3"):
+            overtone.easyedit.install(3)
 
     def test_without_easyedit(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "easyeditor", None)

@@ -372,6 +372,8 @@ class TestRefused:
             ({"reference": torch.zeros(2)}, CONFIG, ValueError, "reference"),
             ({"reference": "adapter", "anchor_top_k": 0}, CONFIG, ValueError, "anchor_top_k"),
             ({"reference": "adapter", "anchor_top_k": 2.5}, CONFIG, ValueError, "anchor_top_k"),
+            ({"reference": "adapter", "anchor_top_k": tiny_models.VOCABULARY}, CONFIG, ValueError, "anchor_top_k"),
+            ({"reference": torch.nn.Linear(2, 2)}, CONFIG, ValueError, "reference must be a model"),
         ],
     )
     def test_at_once(self, settings, config, error, words):
@@ -404,6 +406,18 @@ class TestRefused:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         assert any(getattr(module, "merged", False) for module in model.modules())
 
+    @pytest.mark.parametrize(("change", "words"), [("merge_adapter", "unmerge"), ("merge_and_unload", "PEFT adapters")])
+    def test_adapters_that_are_merged_later(self, change, words):
+        """In the step, before a pass without them: the model would be compared with itself, or changed for good."""
+        model = lora(tiny_models.build())
+        batch = batch_of(model)
+        attach(model, CONFIG, reference="adapter")
+        model = getattr(model, change)() or model
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match=words):
+            model(**batch)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
     def test_a_trained_weight_beside_the_adapter(self):
         model = lora(tiny_models.build())
         model.get_output_embeddings().weight.requires_grad_(True)
@@ -427,6 +441,19 @@ class TestRefused:
         with pytest.raises(ValueError, match="deepcopy"):
             attach(model, CONFIG, reference=model.model)
 
+    def test_another_vocabulary(self):
+        """Whose ids are all in range, so that nothing else would tell."""
+        model, smaller = tiny_models.build(), tiny_models.build()
+        smaller.resize_token_embeddings(tiny_models.VOCABULARY - 1)
+        with pytest.raises(ValueError, match="vocabulary"):
+            attach(model, CONFIG, reference=smaller, anchor_top_k=2)
+        batch = batch_of(model)
+        logits = torch.zeros(*batch["labels"].shape, tiny_models.VOCABULARY - 1)
+        for fused in (False, True):
+            attached = attach(model, CONFIG, reference="logits", anchor_top_k=2, fused=fused)
+            with attached, pytest.raises(ValueError, match="vocabulary"):
+                model(**batch, reference_logits=logits)
+
     def test_in_a_step(self):
         model = lora(tiny_models.build())
         batch = batch_of(model)
@@ -436,8 +463,8 @@ class TestRefused:
                 model(**batch)
             with pytest.raises(ValueError, match="reference"):
                 model(**batch, reference_logits=logits[:, 1:])
-            with pytest.raises(ValueError, match="anchors"):
-                model(**batch, reference_logits=logits[..., 1:])
+            with pytest.raises(TypeError, match="reference_logits"):
+                model(**batch, reference_logits="logits")
         for settings in ({}, {"config": CONFIG, "reference": "adapter"}):
             with attach(model, **settings), pytest.raises(ValueError, match="reference_logits"):
                 model(**batch, reference_logits=logits)

@@ -486,6 +486,21 @@ class TestCopies:
         assert not twin._forward_hooks
         assert set(twin.__dict__) == set(model.__dict__)
 
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_shallow_copy_is_detached_alone(self, model, batch, fused):
+        """It shares the model's modules, and yet its attachment is its own."""
+        before = loss_of(model, batch)
+        handle = attach(model, CONSTANT, fused=fused)
+        twin = copy.copy(model)
+        assert loss_of(twin, batch).item() == pytest.approx(50)
+        detach(twin)
+        assert loss_of(twin, batch) == before
+        assert "attached=True" in repr(handle)
+        assert loss_of(model, batch).item() == pytest.approx(50)
+        handle.detach()
+        assert loss_of(model, batch) == before
+        assert not model.get_output_embeddings()._forward_pre_hooks
+
     def test_a_copy_reports_to_the_same_observer(self, model, batch):
         """As with a function: what the copy trains on is seen by the one that the user holds."""
         seen = Seen()
@@ -544,6 +559,12 @@ class TestCopies:
         """A preset's name is not a config."""
         with pytest.raises(TypeError, match="config must be an OverToneConfig or None, got str"):
             attach(model, "lora")
+        assert "_loss_function" not in model.__dict__
+
+    @pytest.mark.parametrize("name", ["observer", "hold_group"])
+    def test_arguments_of_another_type_are_refused(self, model, name):
+        with pytest.raises(TypeError, match=f"{name} must be .*, got 3"):
+            attach(model, **{name: 3})
         assert "_loss_function" not in model.__dict__
 
     @pytest.mark.parametrize("fused", ["yes", 1, 0.0])

@@ -67,6 +67,12 @@ class TestNormalisation:
         assert loss.sum() == 0
         assert (logits.grad == 0).all()
 
+    @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), 10**400, "3", True])
+    def test_a_number_of_tokens_that_makes_no_sense_is_refused(self, value):
+        """A negative one would be gradient ascent."""
+        with pytest.raises((ValueError, TypeError), match="num_items_in_batch must be"):
+            causal_lm_loss(*logits_and_labels(), num_items_in_batch=value)
+
     def test_micro_batches_add_up_to_the_batch(self):
         """Ragged micro-batches, one of them all ignored, divided by the whole batch's tokens, give its gradient."""
         logits, labels = logits_and_labels(batch=4)
@@ -140,6 +146,14 @@ class TestLabels:
         logits, labels = logits_and_labels()
         with pytest.raises(ValueError, match=r"labels must be integer token ids, got torch.float32"):
             causal_lm_loss(logits, labels.float())
+
+    def test_a_batch_without_positions_is_zero(self):
+        logits, labels = logits_and_labels()
+        assert causal_lm_loss(logits[:, :0], labels[:, :0]) == 0
+
+    def test_labels_without_a_sequence_are_refused(self):
+        with pytest.raises(ValueError, match=r"labels must be \(batch, sequence\)"):
+            causal_lm_loss(torch.zeros(VOCABULARY), torch.tensor(3))
 
 
 class TestLossMask:
@@ -230,6 +244,21 @@ class TestComputeLossFunc:
         """A fused loss that never builds the logits cannot be replaced afterwards."""
         with pytest.raises(ValueError, match=r"Liger's fused_linear_cross_entropy, TRL's loss_type='chunked_nll'"):
             compute_loss_func()(CausalLMOutput(loss=torch.tensor(1.0)), torch.zeros(1, 2, dtype=torch.long))
+
+    @pytest.mark.parametrize(
+        ("outputs", "error"), [(None, TypeError), ((), ValueError), (torch.zeros(1, 2, 3), TypeError)]
+    )
+    def test_what_is_no_output_is_refused(self, outputs, error):
+        with pytest.raises(error, match="outputs must"):
+            compute_loss_func()(outputs, torch.zeros(1, 2, dtype=torch.long))
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("model", 5), ("router_aux_loss_coef", "x"), ("router_aux_loss_coef", float("nan")), ("observer", 3)],
+    )
+    def test_arguments_that_make_no_sense_are_refused(self, name, value):
+        with pytest.raises((ValueError, TypeError), match=f"{name} must be"):
+            compute_loss_func(**{name: value})
 
     def test_missing_labels_are_refused(self):
         """Trainer calls the function with labels=None when the batch has none."""

@@ -428,6 +428,8 @@ class TestLitgpt:
             loss_of(importlib.import_module("json")),
         ):
             pass
+        with pytest.raises(ValueError, match=r"script must be a module of litgpt.finetune, got 'x'"), loss_of("x"):
+            pass
 
 
 class GradDiff:

@@ -47,6 +47,8 @@ class TestConfig:
         """The message lists the known ones."""
         with pytest.raises(ValueError, match=r"method must be one of \['ft-m', 'lora', 'melo', 'wise'\], got 'rome'"):
             OverToneConfig.preset("rome")
+        with pytest.raises(ValueError, match=r"method must be one of .* got \['lora'\]"):
+            OverToneConfig.preset(["lora"])
 
     @pytest.mark.parametrize(("method", "n_sigma"), [("lora", 0.5), ("melo", 1), ("wise", 1)])
     def test_recommended_settings(self, method, n_sigma):
@@ -84,6 +86,8 @@ class TestConfig:
             ({"hold": float("inf")}, ValueError),
             ({"hold": ("correct", float("nan"))}, ValueError),
             ({"hold": "sometimes"}, ValueError),
+            ({"epsilon": 10**400}, ValueError),
+            ({"hold": ("correct", 10**400)}, ValueError),
             ({"epsilon": "0.1"}, TypeError),
             ({"check": 1}, TypeError),
         ],
@@ -156,6 +160,8 @@ class TestModule:
             ({"ignore_index": "x"}, TypeError, "ignore_index must be an integer label, got 'x'"),
             ({"config": torch.ones(5)}, TypeError, "config must be an OverToneConfig or None, got Tensor"),
             ({"config": {"epsilon": 0.1}}, TypeError, "config must be an OverToneConfig or None, got dict"),
+            ({"shard": 3}, TypeError, "shard must be a VocabularyShard or None, got 3"),
+            ({"hold_group": 3}, TypeError, "hold_group must be a torch.distributed.ProcessGroup or None, got 3"),
         ],
     )
     def test_what_it_cannot_honour_raises(self, arguments, error, message):

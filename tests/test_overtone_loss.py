@@ -433,6 +433,14 @@ class TestBadInput:
         with pytest.raises(TypeError, match=message):
             loss(arguments.pop("logits"), arguments.pop("labels"), **arguments)
 
+    @pytest.mark.parametrize("name", ["shard", "hold_group"])
+    def test_what_belongs_to_ranks_is_refused_by_type(self, name):
+        tensors = torch.zeros(2, 4), torch.zeros(5, 4), torch.tensor([0, 1])
+        with pytest.raises(TypeError, match=f"{name} must be .* or None, got 3 of type int"):
+            overtone_loss(tensors[1][:2], tensors[2], **{name: 3})
+        with pytest.raises(TypeError, match=f"{name} must be .* or None, got 3 of type int"):
+            linear_overtone_loss(*tensors, **{name: 3})
+
     def test_class_second_logits_are_refused_with_a_hint(self):
         """(B, V, L) logits, as CrossEntropyLoss takes them, are never guessed at."""
         with pytest.raises(ValueError, match=r"movedim\(1, -1\)"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
+import sys
 from dataclasses import dataclass
 
 from overtone.token_loss import EditLoss, parse
@@ -74,7 +74,7 @@ def _choose(value: object, method: str) -> Choice:
         return Choice(loss)
     scale = wise.get("activation_scale", 1.0 if spec.config(method) is None else PAPER_ACTIVATION_SCALE)
     templates = wise.get("context_templates", True)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale <= sys.float_info.max:
         raise ValueError(f"activation_scale must be a number above 0, got {scale!r}")
     if not isinstance(templates, bool):
         raise ValueError(f"context_templates must be true or false, got {templates!r}")

@@ -34,6 +34,7 @@ def install(methods: Iterable[str] | None = None) -> None:
 
     Raises:
         ImportError: if easyeditor cannot be imported.
+        TypeError: for methods that are no list of names.
         ValueError: for an unknown method.
         SeamError: if a trainer's loss is not computed where the adapter expects it; nothing is changed then.
     """
@@ -86,10 +87,10 @@ def _uninstall() -> None:
 def _wanted(methods: Iterable[str] | None) -> list[Trainer]:
     if methods is None:
         return list(TRAINERS)
-    if isinstance(methods, str):
-        raise TypeError(f"methods must be a list of names, got the string {methods!r}")
+    if isinstance(methods, str) or not isinstance(methods, Iterable):
+        raise TypeError(f"methods must be a list of names or None, got {methods!r} of type {type(methods).__name__}")
     for name in (methods := list(methods)):
-        if name not in BY_NAME:
+        if not isinstance(name, str) or name not in BY_NAME:
             raise ValueError(f"methods must be among {', '.join(BY_NAME)}, got {name!r}")
     return [BY_NAME[name] for name in methods]
 

@@ -68,7 +68,10 @@ class AttachedLoss:
         diverted = None if self.fused_head is None else self.fused_head.take(logits)
         if config.anchor and not (labels is None and shift_labels is None):
             like = logits if diverted is None else diverted[0]
-            arguments["anchors"] = self._anchors(labels, shift_labels, ignore_index, like, fused=diverted is not None)
+            # What a fused head returns has no rows, but the vocabulary's columns.
+            arguments["anchors"] = self._anchors(
+                labels, shift_labels, ignore_index, like, logits.shape[-1], fused=diverted is not None
+            )
         if diverted is None:
             with resharding(config.hold):
                 loss = causal_lm_loss(logits, labels, config, observer=self.observer, **arguments)
@@ -86,7 +89,14 @@ class AttachedLoss:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _anchors(
-        self, labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int, like: Tensor, *, fused: bool
+        self,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        ignore_index: int,
+        like: Tensor,
+        vocabulary: int,
+        *,
+        fused: bool,
     ) -> Anchors:
         """Recorded from the unedited model on the batch of the running forward."""
         batch = None if self.calls.current is None else self.calls.current.batch
@@ -100,6 +110,7 @@ class AttachedLoss:
             ignore_index=ignore_index,
             top_k=self.anchor_top_k,
             like=like,
+            vocabulary=vocabulary,
             fused_head=self.fused_head if fused else None,
         )
 

@@ -6,19 +6,20 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from overtone.config import OverToneConfig
+from overtone.config import OverToneConfig, checked_config
+from overtone.hold import check_hold_group
 from overtone.huggingface.attached_loss import AttachedLoss
 from overtone.huggingface.calls import Calls
 from overtone.huggingface.forward import RECORD, WatchedForward, unwatch, watch
 from overtone.huggingface.fused_head import FusedHead, refuse_unfusable_model, spreads_vocabulary
 from overtone.huggingface.holding import cut_off_added_terms
-from overtone.huggingface.loss import EvalLoss, Observer, check_eval_loss, checked_config
+from overtone.huggingface.loss import EvalLoss, Observer, check_eval_loss, check_observer
 from overtone.huggingface.reference import Reference, check_reference
 from overtone.huggingface.verification import find_causal_lm, refuse_unsupported_model, verify_loss_is_called
 from overtone.huggingface.wrappers import keeps_forward_of, peft_wrappers, refuse_replaced_loss
@@ -51,6 +52,7 @@ class Record:
         wrapper_hooks: on PEFT's modules around the model.
         keepers: those of them that hold the model's forward as their own.
         fused_head: what the fused losses share.
+        is_of_copy: whether its hook on the output layer belongs to the model that this one is a shallow copy of.
         layers: the losses.
     """
 
@@ -59,7 +61,13 @@ class Record:
     wrapper_hooks: list[RemovableHandle] = field(default_factory=list)
     keepers: list[nn.Module] = field(default_factory=list)
     fused_head: FusedHead | None = None
+    is_of_copy: bool = False
     layers: list[_Layer] = field(default_factory=list)
+
+    def of_copy(self) -> Record:
+        """For a shallow copy of the model, which shares its modules, and around which there is no wrapper."""
+        layers = [replace(layer) for layer in self.layers]
+        return replace(self, wrapper_hooks=[], keepers=[], is_of_copy=True, layers=layers)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the hooks of wrappers that are gone, which torch cannot copy."""
@@ -158,15 +166,15 @@ def attach(
         A handle with ``detach()``, which is also a context manager.
 
     Raises:
-        TypeError: if there is no Hugging Face model inside, config is not an OverToneConfig, or fused is not a bool or
-            None.
+        TypeError: if there is no Hugging Face model inside, or for a config, observer, fused or hold_group of another
+            type.
         ValueError: if the model would not call the loss: its forward computes its loss another way, it is not a causal
             language model, a Liger without ``skip_logits`` is on it, or PEFT's CPT around it. One forward of two tokens
             finds out (not where parameters are sharded or not loaded; there the first training step does). With
             fused=True also if the logits are not those of a plain ``torch.nn.Linear`` (soft-capping, a scale, PEFT or
             quantisation on the output layer), if parameters are sharded or not loaded, or for an observer. With
-            an anchor if there is no reference, if it changes with what is trained, with prompt learning or a vocabulary
-            spread over ranks. Nothing has changed then.
+            an anchor if there is no reference, if it changes with what is trained or has another vocabulary, with
+            prompt learning or a vocabulary spread over ranks. Nothing has changed then.
             Later, from a Trainer that computes another loss: label_smoothing_factor, a compute_loss_func.
         RuntimeError: later, from a training step whose loss was computed by something else: TRL's fused loss, put
             on the model after `attach`, or a Trainer that keeps the labels to itself; or whose output layer is no
@@ -174,6 +182,8 @@ def attach(
     """
     config = checked_config(config)
     check_eval_loss(eval_loss)
+    check_observer(observer)
+    check_hold_group(hold_group)
     if fused is not None and not isinstance(fused, bool):
         raise TypeError(
             f"fused must be True, False or None, got {fused!r} of type {type(fused).__name__}; leave it out"
@@ -257,7 +267,8 @@ def _remove_layer(model: nn.Module, layer: _Layer) -> None:
         )
     record.layers.remove(layer)
     if record.fused_head is not None and all(other.function.fused_head is None for other in record.layers):
-        record.fused_head.remove()
+        if not record.is_of_copy:
+            record.fused_head.remove()
         record.fused_head = None
     if not record.layers:
         for handle in record.wrapper_hooks:

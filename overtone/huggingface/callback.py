@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from overtone.config import OverToneConfig
+from overtone.config import OverToneConfig, checked_config
 from overtone.diagnostics import TokenStates, token_states
 from overtone.hold import read_hold
-from overtone.huggingface.loss import checked_config
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -148,6 +148,13 @@ def _watched_class(base: Any) -> Any:
     def reduce(self: Any, protocol: Any) -> Any:
         return _rebuild, (base,), self.__dict__
 
+    def copied(self: Any) -> Any:
+        copy = _rebuild(base)
+        copy.__dict__.update(self.__dict__)
+        if RECORD in self.__dict__:
+            copy.__dict__[RECORD] = self.__dict__[RECORD].of_copy()
+        return copy
+
     watched: Any = type(
         base.__name__,
         (base,),
@@ -156,6 +163,7 @@ def _watched_class(base: Any) -> Any:
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "__reduce_ex__": reduce,
+            "__copy__": copied,
             "forward": _ForwardSlot(),
             "train": train,
         },

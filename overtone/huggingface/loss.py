@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from overtone.anchor import AnchorValue
-from overtone.checks import check_tensors
-from overtone.config import OverToneConfig
+from overtone.checks import check_number, check_tensors
+from overtone.config import OverToneConfig, checked_config
 from overtone.linear import linear_overtone_loss
 from overtone.loss import overtone_loss
 
@@ -64,10 +64,11 @@ def causal_lm_loss(
         token counts.
 
     Raises:
-        ValueError, TypeError: as `overtone.overtone_loss`, and for a loss_mask of another shape, with negative or
-            non-finite weights.
+        ValueError, TypeError: as `overtone.overtone_loss`, for a loss_mask of another shape, with negative or
+            non-finite weights, and for a num_items_in_batch that is a negative or non-finite Python number, or none.
     """
     config = checked_config(config)
+    _check_num_items(num_items_in_batch)
     next_tokens, weights = _next_tokens(logits, labels, shift_labels, loss_mask, ignore_index)
     if observer is not None and torch.is_grad_enabled():
         observer(logits.detach(), next_tokens)
@@ -103,6 +104,7 @@ def causal_lm_loss_of_hidden(
     Raises:
         ValueError, TypeError: as `causal_lm_loss`, and `overtone.linear_overtone_loss` for the layer.
     """
+    _check_num_items(num_items_in_batch)
     shape_of_logits = hidden.new_empty(()).expand(*hidden.shape[:-1], head.out_features)
     next_tokens, weights = _next_tokens(shape_of_logits, labels, shift_labels, loss_mask, ignore_index)
     loss = partial(
@@ -119,11 +121,13 @@ def causal_lm_loss_of_hidden(
     return _normalised(loss, next_tokens, weights, num_items_in_batch, ignore_index, is_anchored=config.anchor > 0)
 
 
-def checked_config(config: OverToneConfig | None) -> OverToneConfig:
-    """The defaults for None; a TypeError for anything but an OverToneConfig."""
-    if config is not None and not isinstance(config, OverToneConfig):
-        raise TypeError(f"config must be an OverToneConfig or None, got {type(config).__name__}: {config!r}")
-    return config or OverToneConfig()
+def check_observer(observer: object) -> None:
+    """Raise a TypeError for what cannot be called, but None."""
+    if observer is not None and not callable(observer):
+        raise TypeError(
+            f"observer must be a function of logits and labels or None, got {observer!r} of type "
+            f"{type(observer).__name__}; pass TokenStatesCallback(config).observe, say"
+        )
 
 
 def check_eval_loss(eval_loss: str) -> None:
@@ -142,6 +146,8 @@ def _next_tokens(
     if isinstance(tokens, Tensor):
         tokens = tokens.to(logits.device)
     check_tensors(logits, tokens)
+    if shift_labels is None and tokens.dim() == 0:
+        raise ValueError("labels must be (batch, sequence), got a single one; call overtone.overtone_loss for it")
     # Before anything is filled in: ignore_index need not fit into the integers that the labels come in.
     tokens = tokens.long()
     next_tokens = _shifted(tokens, ignore_index) if shift_labels is None else tokens
@@ -182,6 +188,8 @@ def _normalised(
 
 def _shifted(per_token: Tensor, fill: int) -> Tensor:
     """The next position's value at each position: the labels move, so that the logits need not be cut and copied."""
+    if per_token.shape[-1] == 0:
+        return per_token
     return torch.nn.functional.pad(per_token[..., 1:], (0, 1), value=fill)
 
 
@@ -196,6 +204,13 @@ def _check_mask(loss_mask: Tensor, next_tokens: Tensor) -> None:
         raise ValueError(
             "loss_mask must hold finite weights of 0 or above: a settled token has no gradient to ascend on"
         )
+
+
+def _check_num_items(num_items: object) -> None:
+    """Raise a ValueError or TypeError for what a sum cannot be divided by; a tensor's values stay on their device."""
+    if num_items is not None and not isinstance(num_items, Tensor):
+        expected = "a number of tokens, 0 or above, a tensor of one, or None"
+        check_number("num_items_in_batch", num_items, expected, lambda value: value >= 0)
 
 
 def _or_one_if_zero(num_items: int | Tensor, total: Tensor) -> int | Tensor:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from overtone.config import OverToneConfig
+from overtone.checks import check_number
+from overtone.config import OverToneConfig, checked_config
 from overtone.cut_off import without_effect
+from overtone.hold import check_hold_group
 from overtone.huggingface.alignment import labels_are_shifted
 from overtone.huggingface.holding import is_cut_off, let_shards_go, resharding
 from overtone.huggingface.loss import (
@@ -19,7 +21,7 @@ from overtone.huggingface.loss import (
     Observer,
     causal_lm_loss,
     check_eval_loss,
-    checked_config,
+    check_observer,
 )
 from overtone.huggingface.trainers import calling_trainer, items_that_count, smooths_labels
 from overtone.huggingface.wrappers import (
@@ -71,8 +73,8 @@ def compute_loss_func(
         label_smoothing_factor.
 
     Raises:
-        ValueError, TypeError: for a config with an anchor, which needs `attach`, or of another type; an unknown
-            eval_loss.
+        ValueError, TypeError: for a config with an anchor, which needs `attach`; an unknown eval_loss; a negative or
+            non-finite router_aux_loss_coef; an argument of another type.
     """
     config = checked_config(config)
     if config.anchor:
@@ -81,6 +83,13 @@ def compute_loss_func(
             "unedited model; use overtone.huggingface.attach(model, config, reference=...) in its place"
         )
     check_eval_loss(eval_loss)
+    check_observer(observer)
+    check_hold_group(hold_group)
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {model!r} of type {type(model).__name__}")
+    if router_aux_loss_coef is not None:
+        expected = "a finite number, 0 or above, or None"
+        check_number("router_aux_loss_coef", router_aux_loss_coef, expected, lambda value: value >= 0)
     logger.info(
         "compute_loss_func is OverTone while gradients are enabled, and %s otherwise (eval_loss=%r)",
         "cross-entropy" if eval_loss == "cross_entropy" else "OverTone too",
@@ -164,14 +173,19 @@ class ComputeLoss:
 
     def _parts(self, outputs: Any) -> tuple[Tensor, Tensor | None]:
         """The logits, and the weighted auxiliary loss if there is one."""
-        named = outputs if isinstance(outputs, dict) else {"logits": outputs[0]}
-        logits = named.get("logits")
+        if isinstance(outputs, (tuple, list)):
+            outputs = {"logits": outputs[0]} if outputs else {}
+        elif not isinstance(outputs, dict):
+            raise TypeError(
+                f"outputs must be what a model returns, with logits by name or first, got {type(outputs).__name__}"
+            )
+        logits = outputs.get("logits")
         if logits is None:
             raise ValueError(
                 "outputs must hold logits, got none: a fused loss (Liger's fused_linear_cross_entropy, TRL's "
                 "loss_type='chunked_nll') never builds them; pass use_liger_kernel=False and loss_type='nll'"
             )
-        auxiliary: Tensor | None = named.get("aux_loss")
+        auxiliary: Tensor | None = outputs.get("aux_loss")
         if auxiliary is None:
             return logits, None
         if self.router_aux_loss_coef is None:

@@ -87,6 +87,12 @@ def check_reference(
         )
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"anchor_top_k must be a whole number of tokens, 1 or more, or None, got {top_k!r}")
+    vocabulary = getattr(causal_lm.get_output_embeddings(), "out_features", None)
+    if top_k is not None and vocabulary is not None and top_k >= vocabulary:
+        raise ValueError(
+            f"anchor_top_k must be below the {vocabulary} tokens of {type(causal_lm).__name__}, or None for all of "
+            f"them, got {top_k}"
+        )
     if not isinstance(reference, nn.Module) and reference not in NAMES:
         raise ValueError(f"reference must be a model, 'adapter' or 'logits', got {reference!r:.200}")
     if virtual_tokens(inside) or any(_is_prompt_learning(module) for module in inside.modules()):
@@ -100,6 +106,7 @@ def check_reference(
         _refuse_adapters(inside, causal_lm)
     elif isinstance(reference, nn.Module):
         _refuse_trained(reference, inside)
+        _refuse_unlike(reference, vocabulary)
 
 
 @torch.no_grad()
@@ -112,6 +119,7 @@ def record_anchors(
     ignore_index: int,
     top_k: int | None,
     like: Tensor,
+    vocabulary: int,
     fused_head: FusedHead | None,
 ) -> Anchors:
     """The positions of a batch that must stay, and the unedited model's distributions there.
@@ -122,6 +130,7 @@ def record_anchors(
         labels, shift_labels, ignore_index: as of `overtone.huggingface.causal_lm_loss`, one of the labels not None.
         top_k: as of `overtone.Anchors.record`.
         like: the edited model's logits, or whatever stands for them, on the device of the loss.
+        vocabulary: V, of the edited model.
         fused_head: given, an adapter's reference makes no logits but those of a block of rows.
     """
     inputs = batch.inputs
@@ -134,6 +143,7 @@ def record_anchors(
             stacklevel=2,
         )
     if reference == "adapter":
+        _refuse_missing_adapters(batch.model, type(batch.model).__name__)
         with evaluating(batch.model), without_adapters(batch.model):
             if fused_head is not None:
                 hidden, head = fused_head.divert(batch.forward, inputs)
@@ -149,10 +159,14 @@ def record_anchors(
             "reference_logits must be given to the model in every training step, since it is attached with "
             "reference='logits': the unedited model's logits for this batch, (batch, sequence, V)"
         )
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"reference_logits must be a torch.Tensor, got {type(logits).__name__}")
     if logits.shape[:-1] != at.shape:
         raise ValueError(
             f"reference must give logits for the {tuple(at.shape)} positions of the labels, got {tuple(logits.shape)}"
         )
+    if logits.shape[-1] != vocabulary:
+        raise ValueError(_another_vocabulary(logits.shape[-1], vocabulary))
     return Anchors.record(logits.to(like.device), at, top_k=top_k)
 
 
@@ -200,17 +214,22 @@ def _is_prompt_learning(module: nn.Module) -> bool:
     )
 
 
-def _refuse_adapters(inside: nn.Module, causal_lm: Any) -> None:
-    """Raise a ValueError unless the model without its adapters is the unedited one, whatever is trained."""
+def _refuse_missing_adapters(causal_lm: nn.Module, name: str) -> None:
+    """Raise a ValueError unless a model, of which the error says the name, has adapters to be switched off."""
     if not has_adapters(causal_lm):
         raise ValueError(
-            f"reference='adapter' needs a model with PEFT adapters, got {type(inside).__name__} without: pass a frozen "
-            "copy, reference=copy.deepcopy(model)"
+            f"reference='adapter' needs a model with PEFT adapters, got {name} without: pass a frozen copy, "
+            "reference=copy.deepcopy(model)"
         )
     if has_merged_adapters(causal_lm):
         raise ValueError(
             "reference='adapter' needs adapters that are not merged into the weights: call model.unmerge_adapter()"
         )
+
+
+def _refuse_adapters(inside: nn.Module, causal_lm: Any) -> None:
+    """Raise a ValueError unless the model without its adapters is the unedited one, whatever is trained."""
+    _refuse_missing_adapters(causal_lm, type(inside).__name__)
     if culprit := changes_base_weights(inside):
         raise ValueError(
             f"reference='adapter' cannot be the unedited model with {culprit}, which changes the weights below the "
@@ -241,3 +260,32 @@ def _refuse_trained(reference: nn.Module, inside: nn.Module) -> None:
             f"reference must not change with the model, but shares {len(shared)} trained parameters with it"
             f"{f' ({shared[0]})' if shared else ''}: pass copy.deepcopy(model), or 'adapter' for a PEFT model"
         )
+
+
+def _refuse_unlike(reference: Any, vocabulary: int | None) -> None:
+    """Raise a ValueError unless a reference makes logits of two tokens, of that vocabulary where it is known.
+
+    Where its parameters are not all here, the first training step finds out.
+    """
+    if how_sharded_or_unloaded(reference):
+        return
+    weight = next(reference.parameters(), None)
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=None if weight is None else weight.device)
+    try:
+        with undisturbed(reference), torch.no_grad():
+            found = reference(input_ids=tokens, return_dict=True).logits.shape[-1]
+    except Exception as error:
+        raise ValueError(
+            "reference must be a model that is called as the trained one and returns logits, but "
+            f"{type(reference).__name__} failed on two tokens ({type(error).__name__}: {error}): pass "
+            "copy.deepcopy(model)"
+        ) from error
+    if vocabulary is not None and found != vocabulary:
+        raise ValueError(_another_vocabulary(found, vocabulary))
+
+
+def _another_vocabulary(found: int, vocabulary: int) -> str:
+    return (
+        f"reference must be of the model's own vocabulary, V = {vocabulary}, got logits of {found} tokens: pass a copy "
+        "of the model from before the edit, or its logits"
+    )

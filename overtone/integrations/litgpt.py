@@ -30,7 +30,8 @@ def loss_of(script: ModuleType, settings: Settings = None) -> Iterator[None]:
     config = read_settings(settings)
     original: Any = getattr(script, "chunked_cross_entropy", None)
     if original is None:
-        raise ValueError(f"script must be a module of litgpt.finetune, got {script.__name__!r}, which has another loss")
+        name = getattr(script, "__name__", script)
+        raise ValueError(f"script must be a module of litgpt.finetune, got {name!r}, which has another loss")
 
     def loss(logits: Tensor | list[Tensor], targets: Tensor, chunk_size: int = 128, ignore_index: int = -100) -> Tensor:
         if not torch.is_grad_enabled():
