@@ -350,7 +350,7 @@ class TestOldNames:
 
     @pytest.mark.parametrize(
         ("old", "hold"),
-        [({"hold_settled": 0.1}, ("correct", 0.1)), ({"hold_settled": False}, None), ({"hold_correct": False}, 0.2)],
+        [({"hold_settled": 0.3}, ("correct", 0.3)), ({"hold_settled": False}, None), ({"hold_correct": False}, 0.1)],
     )
     def test_of_a_preset_they_change_their_part(self, old, hold):
         for make in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -33,8 +34,8 @@ class TestNormalisation:
 
     @pytest.mark.parametrize(
         "num_items",
-        [None, 7, torch.tensor(7), torch.tensor([7]), torch.tensor([7, 5]), torch.tensor(3.5)],
-        ids=["none", "int", "0-d", "1-d", "1-d of two", "fraction"],
+        [None, 7, np.int64(7), torch.tensor(7), torch.tensor([7]), torch.tensor([7, 5]), torch.tensor(3.5)],
+        ids=["none", "int", "numpy", "0-d", "1-d", "1-d of two", "fraction"],
     )
     @pytest.mark.parametrize("shifted", [False, True])
     def test_value_gradient_and_shape_are_those_of_transformers(self, num_items, shifted):

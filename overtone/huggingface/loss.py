@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from operator import index
+from typing import TYPE_CHECKING, Literal, SupportsIndex, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -208,9 +209,12 @@ def _check_mask(loss_mask: Tensor, next_tokens: Tensor) -> None:
 
 def _check_num_items(num_items: object) -> None:
     """Raise a ValueError or TypeError for what a sum cannot be divided by; a tensor's values stay on their device."""
-    if num_items is not None and not isinstance(num_items, Tensor):
-        expected = "a number of tokens, 0 or above, a tensor of one, or None"
-        check_number("num_items_in_batch", num_items, expected, lambda value: value >= 0)
+    if num_items is None or isinstance(num_items, Tensor):
+        return
+    if not isinstance(num_items, bool) and isinstance(num_items, SupportsIndex):
+        num_items = index(num_items)  # numpy's too
+    expected = "a number of tokens, 0 or above, a tensor of one, or None"
+    check_number("num_items_in_batch", num_items, expected, lambda value: value >= 0)
 
 
 def _or_one_if_zero(num_items: int | Tensor, total: Tensor) -> int | Tensor:
