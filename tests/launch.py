@@ -1,10 +1,12 @@
-"""Starts checks on several processes of this machine, as their users start theirs."""
+"""Starts processes: checks on several of this machine, as their users start theirs, and a copy of the test's own."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 CHECKS = Path(__file__).parent / "distributed" / "checks.py"
@@ -37,3 +39,29 @@ class World:
         assert is_agreed or self.finished.returncode, f"no rank was asked for {check}"
         assert is_agreed, self.finished.stderr[-4000:]
         return True
+
+
+def exit_code_of(call: Callable[[], object]) -> int:
+    """The exit code of a forked process that makes a call: 0 where it returned, as subprocess gives it where it ended.
+
+    A fork has everything imported that another process would first import for seconds. The call computes on one thread,
+    since the threads of this process are not there.
+    """
+    import torch
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            call()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
