@@ -10,6 +10,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several share the cores; what they start computes on one thread too
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 HAS_EASYEDIT = "EASYEDIT_ROOT" in os.environ
 collect_ignore = [] if HAS_EASYEDIT else ["easyedit"]

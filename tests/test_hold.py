@@ -23,13 +23,13 @@ TOKENS = torch.tensor([[5, 9, 2, 7, 7, 1]])
 LABELS = torch.tensor([[-100, -100, 2, 7, 7, 1]])
 
 
-def tiny_llama():
+def tiny_llama(layers=2):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=16,
     )
@@ -122,7 +122,7 @@ class TestHeldStep:
 
     def test_compiled_model(self):
         """A compiled model in front of the loss keeps the hold."""
-        model = tiny_llama()
+        model = tiny_llama(layers=1)
         optimiser = OPTIMISERS["Adam"](model.parameters())
         train_until_held(model, optimiser, hold="settled")
         compiled = torch.compile(model, backend="aot_eager")

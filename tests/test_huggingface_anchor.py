@@ -157,7 +157,7 @@ class TestAttached:
 
     def test_compiled(self):
         """The unedited model runs outside of the graph."""
-        unedited = tiny_models.build(sharpness=3)
+        unedited = tiny_models.build(layers=1, sharpness=3)
         batch = batch_of(unedited)
         model = copy.deepcopy(unedited)
         torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.weight)

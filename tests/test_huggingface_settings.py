@@ -106,7 +106,7 @@ class TestCompile:
     def test_gives_the_eager_loss_and_gradient(self, arch):
         """The forward and the loss in one compiled model, which passes the logits by name or by position."""
         torch.compiler.reset()
-        model = tiny_models.build(arch)
+        model = tiny_models.build(arch, layers=1)
         batch = tiny_models.ragged_batch(model)
         with attach(model):
             expected = model(**batch).loss
@@ -118,7 +118,7 @@ class TestCompile:
     def test_a_model_that_has_run_notices_every_change(self):
         """Compiled and run, then attached, then held, then detached."""
         torch.compiler.reset()
-        model = tiny_models.build()
+        model = tiny_models.build(layers=1)
         batch = tiny_models.ragged_batch(model)
         compiled = torch.compile(model, backend="eager")
         before = compiled(**batch).loss

@@ -158,8 +158,10 @@ class TestForwardAttribute:
             detach(twin)
             assert type(twin) is LlamaForCausalLM
 
-    def test_is_one_graph_with_the_loss(self, model, batch):
+    def test_is_one_graph_with_the_loss(self):
         """torch.compile(fullgraph=True) takes the watched forward."""
+        model = tiny_models.build(layers=1)
+        batch = tiny_models.ragged_batch(model)
         torch.compiler.reset()
         expected = model(**batch).loss
         with attach(model, OverToneConfig(lam=1.0, epsilon=0.0)):

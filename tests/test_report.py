@@ -6,6 +6,7 @@ import csv
 import io
 import random
 import re
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ from result_records import TRACE, record, results_of, scores, sequence, singles,
 from rich.console import Console
 
 from overtone import cli
+from overtone.lab.report import figures
 from overtone.lab.report.cells import signed
 from overtone.lab.report.missing import missing
 from overtone.lab.report.terminal import averages_by_length, measures_of_single_edits
@@ -60,9 +62,18 @@ def text_of(folder):
     return (folder / "report.md").read_text()
 
 
+@contextmanager
+def figures_are_empty():
+    """Drawing them takes most of the time of a report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save_figure", lambda figure, path: path.touch())
+        yield
+
+
 def report_of(records, out):
     """The text of the report of some records."""
-    write_report(Report.of(results_of(records)), out)
+    with figures_are_empty():
+        write_report(Report.of(results_of(records)), out)
     return text_of(out)
 
 
@@ -178,7 +189,8 @@ class TestChoice:
         report_of(few, tmp_path / "few")
         # As somebody writes it, not as the results do.
         chosen = ["--losses", "cross_entropy", "early_stopping:stop_below=0.1", "--seeds", "1"]
-        assert cli.main(["report", str(results), *chosen, "--out", str(tmp_path / "all")]) == 0
+        with figures_are_empty():
+            assert cli.main(["report", str(results), *chosen, "--out", str(tmp_path / "all")]) == 0
         for table in ("table1.csv", "table2.csv", "forgetting.csv"):
             assert (tmp_path / "all" / table).read_text() == (tmp_path / "few" / table).read_text()
         (said,) = [line for line in text_of(tmp_path / "all").splitlines() if "not in this report" in line]

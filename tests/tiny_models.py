@@ -40,10 +40,15 @@ CONFIGS: dict[str, Any] = {
 ARCHITECTURES = sorted(CONFIGS)
 
 
-def build(arch: str = "llama", *, sharpness: float = 30.0, dtype: torch.dtype = torch.float32) -> Any:
-    """A seeded random model in evaluation mode whose predictions are sharp, so that the filter and the check differ."""
+def build(arch: str = "llama", *, layers: int = 2, sharpness: float = 30.0, dtype: torch.dtype = torch.float32) -> Any:
+    """A seeded random model in evaluation mode whose predictions are sharp, so that the filter and the check differ.
+
+    torch.compile takes a second or two for each layer, and finds nothing else in a second one.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[arch]()).eval()
+    config = CONFIGS[arch]()
+    config.num_hidden_layers = layers
+    model = AutoModelForCausalLM.from_config(config).eval()
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach() * sharpness)
     return model.to(dtype)

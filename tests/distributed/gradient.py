@@ -1,19 +1,14 @@
 """Two processes, each with half of a ragged batch: is the gradient that of one process with all of it?
 
-Started by torchrun or accelerate launch with the engines as its arguments; exits with an error if it is not. The
-single-process gradient is that of the literal loss, computed in each process before anything is wrapped.
+The single-process gradient is that of the literal loss, computed in each process before anything is wrapped.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny_models
 import torch
@@ -118,6 +113,7 @@ ENGINES: dict[str, Callable[[Any, Batch, torch.Tensor], Batch]] = {
 
 def check(engine: str) -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
+    assert processes == 2
     model = tiny_models.build(sharpness=3)
     batch = tiny_models.ragged_batch(model, lengths=(9, 5, 7, 3))
     batch["labels"][2] = -100
@@ -137,17 +133,4 @@ def check(engine: str) -> None:
     assert gradients.keys() == expected.keys()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("engines", choices=sorted(ENGINES), nargs="+")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    assert dist.get_world_size() == 2
-    for engine in parser.parse_args().engines:
-        check(engine)
-        sys.stdout.write(f"{engine}: rank {dist.get_rank()} of {dist.get_world_size()} agrees\n")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+CHECKS = {engine: partial(check, engine) for engine in ENGINES}

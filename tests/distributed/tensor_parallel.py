@@ -1,17 +1,12 @@
 """A transformers model loaded with ``tp_plan="auto"``: loss and gradients are those of the whole model.
 
-Started by torchrun; no rank may make all the logits, and it need not be told.
+No rank may make all the logits, and it need not be told.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 import tempfile
-from datetime import timedelta
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
@@ -55,9 +50,7 @@ def check(config: OverToneConfig, folder: str) -> None:
         assert spread(input_ids=ids).logits.shape == (2, 9, 61)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+def from_pretrained() -> None:
     names = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(names)
     if dist.get_rank() == 0:
@@ -65,9 +58,6 @@ def main() -> None:
     dist.barrier()
     for config in (OverToneConfig(), OverToneConfig(lam=0.5, check=False, epsilon=0.0)):
         check(config, str(names[0]))
-    sys.stdout.write(f"tensor_parallel: rank {dist.get_rank()} of {dist.get_world_size()} agrees\n")
-    dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main()
+CHECKS = {"from_pretrained": from_pretrained}

@@ -1,14 +1,10 @@
-"""The vocabulary spread over ranks: values, gradients, states and bytes, against the same logits whole.
-
-Started by torchrun; exits with an error where something differs.
-"""
+"""The vocabulary spread over ranks: values, gradients, states and bytes, against the same logits whole."""
 
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator
-from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import pytest
@@ -59,6 +55,11 @@ def rows() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         yield "nan", broken, labels
 
 
+@cache
+def mesh() -> Any:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
 def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float, what: object) -> None:
     whole = got.full_tensor() if isinstance(got, DTensor) else got
     torch.testing.assert_close(
@@ -66,11 +67,13 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float, what: obj
     )
 
 
-def check_logits(mesh: Any) -> None:
-    """float64 to 1e-12, every reduction, with weights on top."""
-    for (name, logits, labels), settings, reduction in itertools.product(rows(), SETTINGS, ("mean", "sum", "none")):
+def check_logits() -> None:
+    """float64 to 1e-12, with weights on top: all rows in every setting, each pair of either with every reduction."""
+    reductions = ("mean", "sum", "none")
+    for (row, (name, logits, labels)), (number, settings) in itertools.product(enumerate(rows()), enumerate(SETTINGS)):
+        reduction = reductions[(row + number) % len(reductions)]
         whole = logits.clone().requires_grad_()
-        spread = distribute_tensor(logits, mesh, [Shard(1)]).requires_grad_()
+        spread = distribute_tensor(logits, mesh(), [Shard(1)]).requires_grad_()
         losses = [overtone_loss(x, labels, reduction=reduction, **settings) for x in (whole, spread)]
         weights = torch.linspace(0.5, 1.5, losses[0].numel(), dtype=torch.float64).view(losses[0].shape)
         for loss in losses:
@@ -80,13 +83,13 @@ def check_logits(mesh: Any) -> None:
         close(spread.grad, whole.grad, tolerance, (name, settings, reduction))
 
 
-def check_plain_shard(mesh: Any) -> None:
+def check_plain_shard() -> None:
     """As Megatron passes it: the local part, where it begins, and the group; parts of any width, in half precision."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     logits = 3 * torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(1))
     labels = torch.randint(40, (2, 5), generator=torch.Generator().manual_seed(2))
     ends = [0, *(7 * (number + 1) for number in range(ranks - 1)), 40]
-    shard = VocabularyShard(ends[rank], 40, mesh.get_group())
+    shard = VocabularyShard(ends[rank], 40, mesh().get_group())
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         whole = logits.to(dtype).clone().requires_grad_()
         local = whole.detach()[..., ends[rank] : ends[rank + 1]].clone().requires_grad_()
@@ -97,7 +100,7 @@ def check_plain_shard(mesh: Any) -> None:
         close(local.grad, whole.grad[..., ends[rank] : ends[rank + 1]], tolerance, dtype)
 
 
-def check_layer(mesh: Any) -> None:
+def check_layer() -> None:
     """From hidden states: the gradient of hidden is that of all ranks together."""
     generator = torch.Generator().manual_seed(3)
     hidden, weight, bias = (
@@ -107,7 +110,7 @@ def check_layer(mesh: Any) -> None:
     labels[2] = -100
     for chunk_size, reduction in itertools.product((None, 3), ("mean", "none")):
         whole = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
-        spread = [hidden.clone(), *(distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (weight, bias))]
+        spread = [hidden.clone(), *(distribute_tensor(tensor, mesh(), [Shard(0)]) for tensor in (weight, bias))]
         spread = [tensor.requires_grad_() for tensor in spread]
         losses = [
             linear_overtone_loss(h, w, labels, bias=b, chunk_size=chunk_size, reduction=reduction)
@@ -120,20 +123,20 @@ def check_layer(mesh: Any) -> None:
             close(got.grad, expected.grad, 1e-12, (chunk_size, reduction))
 
 
-def check_states_and_holds(mesh: Any) -> None:
+def check_states_and_holds() -> None:
     for name, logits, labels in rows():
-        spread = distribute_tensor(logits, mesh, [Shard(1)])
+        spread = distribute_tensor(logits, mesh(), [Shard(1)])
         for config in (OverToneConfig(), OverToneConfig(hold="correct", n_sigma=2.0)):
             expected, states = token_states(logits, labels, config), token_states(spread, labels, config)
             for field in ("settled", "mixed", "kept", "correct", "counted"):
                 assert torch.equal(getattr(states, field), getattr(expected, field)), (name, field)
-            leaf = distribute_tensor(logits, mesh, [Shard(1)]).requires_grad_()
+            leaf = distribute_tensor(logits, mesh(), [Shard(1)]).requires_grad_()
             overtone_loss(leaf, labels, hold="correct").backward()
             is_held = bool(expected.correct[expected.counted].all())
             assert (leaf.grad is None) == is_held, name
 
 
-def check_bytes(mesh: Any) -> None:
+def check_bytes() -> None:
     """What is sent for a token does not grow with the vocabulary, and nothing is sent in the backward pass."""
     sent: list[int] = []
     originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
@@ -152,7 +155,7 @@ def check_bytes(mesh: Any) -> None:
     try:
         for vocabulary in (64, 6400):
             sent.clear()
-            logits = distribute_tensor(torch.randn(4, vocabulary), mesh, [Shard(1)]).requires_grad_()
+            logits = distribute_tensor(torch.randn(4, vocabulary), mesh(), [Shard(1)]).requires_grad_()
             loss = overtone_loss(logits, torch.arange(4))
             in_forward = list(sent)
             loss.backward()
@@ -165,25 +168,25 @@ def check_bytes(mesh: Any) -> None:
     assert totals == [[4 * 4, (4 + 1) * 6 * 4, 4 * 4]] * 2, totals
 
 
-def check_refusals(mesh: Any) -> None:
+def check_refusals() -> None:
     labels = torch.arange(4)
-    by_rows = distribute_tensor(torch.randn(4, 8), mesh, [Shard(0)])
+    by_rows = distribute_tensor(torch.randn(4, 8), mesh(), [Shard(0)])
     with pytest.raises(ValueError, match=r"logits is a DTensor placed as .*full_tensor\(\)"):
         overtone_loss(by_rows, labels)
     ranks, rank = dist.get_world_size(), dist.get_rank()
     for start, size in ((0, 4), (3 * rank, 4 * ranks), (5 * rank, 5 * ranks)):  # alike, overlapping, with gaps
         with pytest.raises(ValueError, match="must follow one another from 0 to size"):
-            overtone_loss(torch.randn(4, 4), labels, shard=VocabularyShard(start, size, mesh.get_group()))
+            overtone_loss(torch.randn(4, 4), labels, shard=VocabularyShard(start, size, mesh().get_group()))
     with pytest.raises(ValueError, match="beyond size=8"):
         overtone_loss(torch.randn(4, 8), labels, shard=VocabularyShard(1, 8))
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 8\)"):
-        overtone_loss(distribute_tensor(torch.randn(4, 8), mesh, [Shard(1)]), labels + 8)
+        overtone_loss(distribute_tensor(torch.randn(4, 8), mesh(), [Shard(1)]), labels + 8)
     whole = torch.randn(4, 8, generator=torch.Generator().manual_seed(4))
-    replicated = distribute_tensor(whole, mesh, [Replicate()])
+    replicated = distribute_tensor(whole, mesh(), [Replicate()])
     close(overtone_loss(replicated, labels), overtone_loss(whole, labels), 0, "replicated")
 
 
-def check_compiled(mesh: Any) -> None:
+def check_compiled() -> None:
     """torch.compile breaks its graph there, and the loss is that of all parts."""
     logits, labels = torch.randn(4, 8, generator=torch.Generator().manual_seed(5)), torch.arange(4)
 
@@ -192,11 +195,11 @@ def check_compiled(mesh: Any) -> None:
 
     width = -(-8 // dist.get_world_size())
     start = min(dist.get_rank() * width, 8)
-    part, shard = logits[:, start : start + width], VocabularyShard(start, 8, mesh.get_group())
+    part, shard = logits[:, start : start + width], VocabularyShard(start, 8, mesh().get_group())
     close(torch.compile(loss_of, backend="eager")(part, shard), overtone_loss(logits, labels), 1e-6, "compiled")
 
 
-def check_groups(mesh: Any) -> None:
+def check_groups() -> None:
     """Each rank by itself: one holds, the others go on."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     logits = torch.tensor([[0.0, 9.0, 0.0]], requires_grad=True)
@@ -211,27 +214,13 @@ def check_groups(mesh: Any) -> None:
         assert parse("overtone:hold=correct").build("lora")(logits, label)[1]
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for check in CHECKS:
-        check(mesh)
-        sys.stdout.write(f"{check.__name__}: rank {dist.get_rank()} of {dist.get_world_size()} agrees\n")
-        sys.stdout.flush()
-    dist.destroy_process_group()
-
-
-CHECKS = (
-    check_logits,
-    check_plain_shard,
-    check_layer,
-    check_states_and_holds,
-    check_bytes,
-    check_refusals,
-    check_compiled,
-    check_groups,
-)
-
-if __name__ == "__main__":
-    main()
+CHECKS = {
+    "logits": check_logits,
+    "plain_shard": check_plain_shard,
+    "layer": check_layer,
+    "states_and_holds": check_states_and_holds,
+    "bytes": check_bytes,
+    "refusals": check_refusals,
+    "compiled": check_compiled,
+    "groups": check_groups,
+}
