@@ -13,7 +13,7 @@ test: $(VENV)/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # The tables of README.md and docs/ again, from examples/results.
 tables: $(VENV)/test.installed
