@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import torch
@@ -43,7 +43,8 @@ class Anchors:
             one (log-sum inequality).
         ids: ``(A, k)``, int64, for each position k different tokens; None for the whole vocabulary.
         group_weight: of the group in the loss, 0 or above.
-        vocabulary: V of the logits that they were recorded from, which has to be that of the call; None otherwise.
+        vocabulary: V of the logits that they were recorded from, which has to be that of the call. None: not known;
+            without ids it is the width of log_probs.
 
     Raises:
         ValueError, TypeError: for shapes or types that do not fit together, log_probs whose probabilities do not add up
@@ -54,7 +55,7 @@ class Anchors:
     log_probs: Tensor
     ids: Tensor | None = None
     group_weight: float = 1.0
-    vocabulary: int | None = field(default=None, init=False)
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         """Raise a ValueError or TypeError unless the parts fit together."""
@@ -67,6 +68,7 @@ class Anchors:
         if self.ids is not None:
             _check_ids(self.ids, self.log_probs)
         _check_sums(self.log_probs)
+        _check_vocabulary(self.vocabulary, self.ids, self.log_probs)
         if (count := int(self.at.sum())) != len(self.log_probs):
             raise ValueError(f"log_probs must have a row for each of the {count} positions, got {len(self.log_probs)}")
 
@@ -259,6 +261,18 @@ def _check_sums(log_probs: Tensor) -> None:
                 "log_probs must be log-probabilities, which add up to 1 in every row, got a row that adds up to "
                 f"exp({sums[is_wrong][0]:g}): these are logits, from which Anchors.record makes log-probabilities"
             )
+
+
+def _check_vocabulary(vocabulary: object, ids: Tensor | None, log_probs: Tensor) -> None:
+    if vocabulary is None:
+        return
+    if isinstance(vocabulary, bool) or not isinstance(vocabulary, int):
+        raise TypeError(f"vocabulary must be a number of tokens or None, got {vocabulary!r}")
+    width = log_probs.shape[1]
+    if vocabulary != width if ids is None else vocabulary < width:
+        raise ValueError(
+            f"vocabulary must be that of the logits, got {vocabulary} for log_probs of shape {tuple(log_probs.shape)}"
+        )
 
 
 def _check_ids(ids: object, log_probs: Tensor) -> None:

@@ -137,7 +137,8 @@ def check_hold_group(group: object) -> None:
     if torch.distributed.is_available():
         from torch.distributed import GroupMember, ProcessGroup
 
-        if isinstance(group, ProcessGroup) or group == GroupMember.NON_GROUP_MEMBER:
+        no_member = GroupMember.NON_GROUP_MEMBER
+        if isinstance(group, ProcessGroup) or (isinstance(group, type(no_member)) and group == no_member):
             return
     raise TypeError(
         f"hold_group must be a torch.distributed.ProcessGroup or None, got {group!r} of type {type(group).__name__}: "

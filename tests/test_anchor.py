@@ -3,6 +3,7 @@
 import itertools
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -538,6 +539,11 @@ class TestRefused:
             ({"anchors": Anchors.record(torch.zeros(2, 5, VOCABULARY + 1), PROMPT)}, ValueError, "anchors"),
             ({"anchors": Anchors.record(torch.zeros(2, 5, VOCABULARY), ~PROMPT)}, ValueError, "anchors"),
             ({"anchors": Anchors.record(torch.zeros(2, 5, VOCABULARY - 1), PROMPT, top_k=2)}, ValueError, "vocabulary"),
+            (
+                {"anchors": replace(Anchors.record(torch.zeros(2, 5, 9), PROMPT, top_k=2), group_weight=2.0)},
+                ValueError,
+                "vocabulary",
+            ),
             (
                 {"anchors": Anchors(PROMPT, torch.zeros(4, 2).log_softmax(dim=1), torch.full((4, 1), VOCABULARY))},
                 ValueError,

@@ -504,6 +504,26 @@ class TestCopies:
         assert loss_of(model, batch) == before
         assert not model.get_output_embeddings()._forward_pre_hooks
 
+    def test_a_shallow_copy_outlives_the_attachment_of_its_original(self, model, batch):
+        """The hook on the output layer, which both have, is taken off by the last of them."""
+        before = loss_of(model, batch)
+        handle = attach(model, CONSTANT, fused=True)
+        twin = copy.copy(model)
+        handle.detach()
+        assert loss_of(model, batch) == before
+        assert loss_of(twin, batch).item() == pytest.approx(50)
+        detach(twin)
+        assert not model.get_output_embeddings()._forward_pre_hooks
+
+    def test_a_shallow_copy_with_a_fused_loss_of_its_own_leaves_nothing(self, model, batch):
+        handle = attach(model, CONSTANT, fused=False)
+        twin = copy.copy(model)
+        attach(twin, CONSTANT, fused=True)
+        assert loss_of(twin, batch).item() == pytest.approx(50)
+        detach(twin)
+        handle.detach()
+        assert not model.get_output_embeddings()._forward_pre_hooks
+
     def test_a_copy_reports_to_the_same_observer(self, model, batch):
         """As with a function: what the copy trains on is seen by the one that the user holds."""
         seen = Seen()

@@ -74,6 +74,23 @@ class TestNormalisation:
         with pytest.raises((ValueError, TypeError), match="num_items_in_batch must be"):
             causal_lm_loss(*logits_and_labels(), num_items_in_batch=value)
 
+    def test_a_compiled_loss_takes_any_number_of_tokens(self):
+        """Its value is no part of the graph, which an accumulating Trainer would compile anew in every step."""
+        logits, labels = logits_and_labels()
+        graphs = []
+
+        def compiler(graph, _):
+            graphs.append(graph)
+            return graph.forward
+
+        loss = torch.compile(causal_lm_loss, backend=compiler)
+        counts = []
+        for num_items in (5, 7, 9, 11):
+            loss(logits, labels, num_items_in_batch=num_items)
+            counts.append(len(graphs))
+        assert counts[0] > 0
+        assert counts[1] == counts[-1]
+
     def test_micro_batches_add_up_to_the_batch(self):
         """Ragged micro-batches, one of them all ignored, divided by the whole batch's tokens, give its gradient."""
         logits, labels = logits_and_labels(batch=4)

@@ -162,6 +162,7 @@ class TestModule:
             ({"config": {"epsilon": 0.1}}, TypeError, "config must be an OverToneConfig or None, got dict"),
             ({"shard": 3}, TypeError, "shard must be a VocabularyShard or None, got 3"),
             ({"hold_group": 3}, TypeError, "hold_group must be a torch.distributed.ProcessGroup or None, got 3"),
+            ({"hold_group": torch.zeros(2)}, TypeError, "hold_group must be a torch.distributed.ProcessGroup or None"),
         ],
     )
     def test_what_it_cannot_honour_raises(self, arguments, error, message):

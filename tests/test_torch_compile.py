@@ -7,7 +7,6 @@ import pytest
 import torch
 from gradients import value_and_gradient
 from kernel_cases import SETTINGS
-from torch._inductor import cpu_vec_isa
 
 from overtone import kernels, linear_overtone_loss, overtone_loss
 from overtone.functional import reference_loss
@@ -27,12 +26,8 @@ def draw_tokens(count, vocabulary, dtype):
 
 @pytest.fixture
 def always_compiled(monkeypatch):
-    """Every call compiles, however small, and on the CPU too; the compiler starts anew.
-
-    Its code takes one number at a time: what it would write for vectors of this CPU takes twice as long to compile.
-    """
+    """Every call compiles, however small, and on the CPU too; the compiler starts anew."""
     torch._dynamo.reset()
-    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", list)
     monkeypatch.setattr(kernels.CPU, "serves", lambda logits: False)
     monkeypatch.setattr(kernels.TORCH, "compiled", torch_kernel.CompiledFunctions())
     monkeypatch.setattr(torch_kernel.CompiledFunctions, "is_worthwhile", lambda self, logits: not self.is_broken)

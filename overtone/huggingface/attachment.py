@@ -52,7 +52,6 @@ class Record:
         wrapper_hooks: on PEFT's modules around the model.
         keepers: those of them that hold the model's forward as their own.
         fused_head: what the fused losses share.
-        is_of_copy: whether its hook on the output layer belongs to the model that this one is a shallow copy of.
         layers: the losses.
     """
 
@@ -61,13 +60,13 @@ class Record:
     wrapper_hooks: list[RemovableHandle] = field(default_factory=list)
     keepers: list[nn.Module] = field(default_factory=list)
     fused_head: FusedHead | None = None
-    is_of_copy: bool = False
     layers: list[_Layer] = field(default_factory=list)
 
     def of_copy(self) -> Record:
         """For a shallow copy of the model, which shares its modules, and around which there is no wrapper."""
-        layers = [replace(layer) for layer in self.layers]
-        return replace(self, wrapper_hooks=[], keepers=[], is_of_copy=True, layers=layers)
+        if self.fused_head is not None:
+            self.fused_head.share()
+        return replace(self, wrapper_hooks=[], keepers=[], layers=[replace(layer) for layer in self.layers])
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the hooks of wrappers that are gone, which torch cannot copy."""
@@ -267,8 +266,7 @@ def _remove_layer(model: nn.Module, layer: _Layer) -> None:
         )
     record.layers.remove(layer)
     if record.fused_head is not None and all(other.function.fused_head is None for other in record.layers):
-        if not record.is_of_copy:
-            record.fused_head.remove()
+        record.fused_head.leave()
         record.fused_head = None
     if not record.layers:
         for handle in record.wrapper_hooks:

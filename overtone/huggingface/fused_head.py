@@ -27,6 +27,7 @@ class FusedHead:
         self._calls = calls
         head = model.get_output_embeddings()
         self._handle: RemovableHandle | None = head.register_forward_pre_hook(self._divert)
+        self._models = 1
 
     def begin(self, model: Any, call: Call, inputs: dict[str, Any]) -> None:
         """Before the model's forward: expect a call of the output layer if the fused loss will be computed."""
@@ -61,15 +62,20 @@ class FusedHead:
             raise RuntimeError("the forward has not called the output layer that the fused loss is attached to")
         return call.diverted
 
-    def remove(self) -> None:
-        """Take the hook off."""
-        if self._handle is not None:
+    def share(self) -> None:
+        """Serve a shallow copy of the model too, which has the same output layer."""
+        self._models += 1
+
+    def leave(self) -> None:
+        """Serve a model less; after the last one the hook is taken off."""
+        self._models -= 1
+        if self._models == 0 and self._handle is not None:
             self._handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the hook of an output layer that is gone, which torch cannot copy."""
+        """For a deep copy: of one model, without the hook of an output layer that is gone, which torch cannot copy."""
         is_alive = self._handle is not None and self._handle.hooks_dict_ref() is not None
-        return {**self.__dict__, "_handle": self._handle if is_alive else None}
+        return {**self.__dict__, "_handle": self._handle if is_alive else None, "_models": 1}
 
     def _divert(self, head: nn.Linear, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """Before the output layer's forward: keep its input, and leave no rows of it."""

@@ -211,8 +211,8 @@ def _check_num_items(num_items: object) -> None:
     """Raise a ValueError or TypeError for what a sum cannot be divided by; a tensor's values stay on their device."""
     if num_items is None or isinstance(num_items, Tensor):
         return
-    if not isinstance(num_items, bool) and isinstance(num_items, SupportsIndex):
-        num_items = index(num_items)  # numpy's too
+    if not isinstance(num_items, int) and isinstance(num_items, SupportsIndex):
+        num_items = index(num_items)  # numpy's; a compiler would fix the value of an int here
     expected = "a number of tokens, 0 or above, a tensor of one, or None"
     check_number("num_items_in_batch", num_items, expected, lambda value: value >= 0)
 

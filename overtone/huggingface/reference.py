@@ -154,13 +154,13 @@ def record_anchors(
             logits = reference(**inputs).logits
     elif batch.reference_logits is not None:
         logits = batch.reference_logits
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"reference_logits must be a torch.Tensor, got {type(logits).__name__}")
     else:
         raise ValueError(
             "reference_logits must be given to the model in every training step, since it is attached with "
             "reference='logits': the unedited model's logits for this batch, (batch, sequence, V)"
         )
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"reference_logits must be a torch.Tensor, got {type(logits).__name__}")
     if logits.shape[:-1] != at.shape:
         raise ValueError(
             f"reference must give logits for the {tuple(at.shape)} positions of the labels, got {tuple(logits.shape)}"
@@ -271,9 +271,10 @@ def _refuse_unlike(reference: Any, vocabulary: int | None) -> None:
         return
     weight = next(reference.parameters(), None)
     tokens = torch.zeros(1, 2, dtype=torch.long, device=None if weight is None else weight.device)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     try:
         with undisturbed(reference), torch.no_grad():
-            found = reference(input_ids=tokens, return_dict=True).logits.shape[-1]
+            found = reference(**inputs, return_dict=True).logits.shape[-1]
     except Exception as error:
         raise ValueError(
             "reference must be a model that is called as the trained one and returns logits, but "

@@ -68,7 +68,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float, what: obj
 
 
 def check_logits() -> None:
-    """float64 to 1e-12, with weights on top: all rows in every setting, each pair of either with every reduction."""
+    """float64 to 1e-12, with weights on top: every kind of row in every setting; the reductions take turns."""
     reductions = ("mean", "sum", "none")
     for (row, (name, logits, labels)), (number, settings) in itertools.product(enumerate(rows()), enumerate(SETTINGS)):
         reduction = reductions[(row + number) % len(reductions)]
