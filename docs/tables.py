@@ -165,7 +165,7 @@ def held_cells() -> pd.DataFrame:
         gain = bootstrap_difference(
             (own["overtone_recommended"] - own[stop]).to_numpy()[:, None], own.index.get_level_values("sequence")
         )
-        place |= {"threshold": stop.partition("=")[2], "best": own[stop].mean(), "edits": len(own)}
+        place |= {"threshold": stop.partition("=")[2], "edits": len(own)}
         place |= {
             "ours": own["overtone_recommended"].mean(),
             "difference": gain.mean,
@@ -417,7 +417,7 @@ def easyedit_flag() -> pd.DataFrame:
     }
     rows = read("easyedit-flag").fillna({"token_loss": "", "changes": "", "context_templates": ""})
     rows = rows[rows.changes.isin(["", "lr=0.001"])]
-    rows.loc[rows.token_loss == "cross_entropy", "token_loss"] = ""  # the key was there to switch off the templates
+    rows.loc[rows.token_loss == "cross_entropy", "token_loss"] = ""  # the key changes nothing of the loss
     templates = rows.context_templates.astype(str).str.lower().map({"true": ", templates", "false": ", no templates"})
     in_a_row = rows["T"].map(lambda length: f", {length} in a row" if length > 1 else "")
     lr = rows.changes.map(lambda changes: changes and f", {changes}")

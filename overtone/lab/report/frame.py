@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +14,7 @@ import pandas as pd
 from overtone.lab.registry import look_up
 from overtone.lab.results.folder import ResultsFolder
 from overtone.lab.results.record import EditRecord, settings_text
+from overtone.lab.score.scores import Scores
 from overtone.token_loss import parse
 
 ACCURACIES = ["rel", "gen", "por", "loc"]
@@ -22,11 +23,11 @@ ACCURACIES = ["rel", "gen", "por", "loc"]
 BLOCK = ["data", "length", "method", "settings"]
 """What edits have in common whose losses can be compared."""
 
-_MEASURED = [
-    *("kl", "average", "exact match", *ACCURACIES, "por of others"),
-    *(f"{name} {how}" for how in ("begins", "said") for name in ("rel", "gen", "por")),
-]
-"""The columns of a scored edit."""
+_BEGUN = ("rel", "gen", "por")
+"""Measures of which it is asked whether generation begins with the answer."""
+
+_UNSCORED = Scores({}, {}, {}, p_new=math.nan, p_old=None, kl=math.nan, por_of_others=math.nan)
+"""Of a failed edit, which has the columns too: tables look for them also where every edit failed."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,17 @@ def load_results(folder: Path, *, losses: Collection[str] = (), seeds: Collectio
 
 
 def _row(record: EditRecord) -> dict[str, Any]:
-    # A failed edit has the columns too: tables look for them also where every edit failed.
-    row: dict[str, Any] = dict.fromkeys(_MEASURED, math.nan)
-    row |= {**vars(record), **record.answers, "settings": settings_text(record.settings)}
+    row = {**vars(record), **record.answers, "settings": settings_text(record.settings)}
     del row["scores"], row["answers"]
     row["lr"] = record.settings.get("lr")
-    if record.scores is not None:
-        accuracy, exact = record.scores.accuracy, record.scores.exact_match
-        row |= {"kl": record.scores.kl, "average": fmean(accuracy.values())}
-        row["exact match"] = fmean(exact.values()) if exact else None
-        row |= {name: accuracy.get(name) for name in ACCURACIES}
-        row |= {f"{name} begins": record.scores.begins.get(name) for name in ("rel", "gen", "por")}
-        row |= {f"{name} said": record.scores.said.get(name) for name in ("rel", "gen", "por")}
-        row["por of others"] = record.scores.por_of_others
+    scores = record.scores or _UNSCORED
+    row |= {"kl": scores.kl, "average": _mean(scores.accuracy), "exact match": _mean(scores.exact_match)}
+    row |= {name: scores.accuracy.get(name, math.nan) for name in ACCURACIES}
+    row |= {f"{name} begins": scores.begins.get(name, math.nan) for name in _BEGUN}
+    row |= {f"{name} said": scores.said.get(name, math.nan) for name in _BEGUN}
+    row["por of others"] = scores.por_of_others
     return row
+
+
+def _mean(shares: Mapping[str, float]) -> float:
+    return fmean(shares.values()) if shares else math.nan

@@ -195,7 +195,8 @@ class Run:
         """Open each method once, so that a model that it does not know is refused before the first edit."""
         corpus = self.plan.corpora[data, seed]
         workplace = self._source.open(corpus, seed).workplace
-        self._try_own_methods(workplace.model)
+        if isinstance(self._source, NamedModel):  # the lab's own were tried before they were trained
+            self._try_own_methods(workplace.model)
         for method in self.settings.methods:
             if method not in METHODS:
                 with open_session(workplace, method, None, 0, corpus.training_texts()):
