@@ -488,6 +488,20 @@ class TestRecord:
             Anchors(PROMPT, torch.zeros(4, 3), torch.zeros(4, 2))
 
     @pytest.mark.parametrize(
+        ("vocabulary", "error"), [(VOCABULARY + 1, ValueError), (2.0, TypeError), (True, TypeError)]
+    )
+    def test_vocabulary_is_that_of_the_log_probs(self, vocabulary, error):
+        log_probs = torch.zeros(4, VOCABULARY).log_softmax(dim=1)
+        assert Anchors(PROMPT, log_probs, vocabulary=VOCABULARY).vocabulary == VOCABULARY
+        with pytest.raises(error, match="vocabulary must be"):
+            Anchors(PROMPT, log_probs, vocabulary=vocabulary)
+
+    def test_vocabulary_holds_the_most_probable(self):
+        anchors = Anchors.record(torch.zeros(2, 5, VOCABULARY), PROMPT, top_k=3)
+        with pytest.raises(ValueError, match="vocabulary must be"):
+            replace(anchors, vocabulary=3)
+
+    @pytest.mark.parametrize(
         ("ids", "error"),
         [
             ([[0, 1]] * 4, TypeError),

@@ -441,6 +441,21 @@ class TestRefused:
         with pytest.raises(ValueError, match="deepcopy"):
             attach(model, CONFIG, reference=model.model)
 
+    def test_a_reference_that_wants_a_mask(self):
+        """It is asked with all that a batch has, as in a step."""
+
+        class Masked(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = tiny_models.build()
+
+            def forward(self, input_ids, attention_mask, **others):
+                return self.inner(input_ids=input_ids, attention_mask=attention_mask, **others)
+
+        model = tiny_models.build()
+        with attach(model, CONFIG, reference=Masked().requires_grad_(False)):
+            assert model(**batch_of(model)).loss.isfinite()
+
     def test_another_vocabulary(self):
         """Whose ids are all in range, so that nothing else would tell."""
         model, smaller = tiny_models.build(), tiny_models.build()
