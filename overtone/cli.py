@@ -77,7 +77,7 @@ def _add_demo(commands: Subcommands) -> None:
     parser.add_argument("--seed", type=int, dest="seeds", help="of the world, its model and the edits (default: 0)")
     parser.add_argument("--target", type=_names, dest="data", help="of the edits: short, long or soft (default: short)")
     _add_grid(parser, out="demo-out")
-    parser.set_defaults(run=_bench, preset="demo", lengths=None, size=None, **dict.fromkeys(_FILES))
+    parser.set_defaults(run=_bench, preset="demo", lengths=None, size=None, breadth_first=None, **dict.fromkeys(_FILES))
 
 
 def _add_bench(commands: Subcommands) -> None:
@@ -106,6 +106,13 @@ def _add_bench(commands: Subcommands) -> None:
         parser.add_argument(_option(name), metavar="PATH", help=f"{title}, the published file; adds {name} to the data")
     parser.add_argument("--size", type=int, help="records of a published file that the small model is to know")
     parser.add_argument("--lengths", type=_numbers, help="by commas: edits in a sequence, 1 for single edits")
+    parser.add_argument(
+        "--breadth-first",
+        type=int,
+        metavar="N",
+        help="train the edits of a sequence in passes over all of them, N a step, as LocFT does (default: each to its "
+        "end before the next)",
+    )
     parser.add_argument("--seeds", type=_numbers, help="by commas: of the worlds, models and edits")
     _add_grid(parser, out="bench-out")
     parser.set_defaults(run=_bench)
@@ -302,7 +309,7 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
     if isinstance(changes.get("seeds"), int):
         changes["seeds"] = (changes["seeds"],)
     files = {name: getattr(arguments, name) for name in _FILES if getattr(arguments, name) is not None}
-    method = ("steps", "layer", "rank", "alpha", "target_modules")
+    method = ("steps", "layer", "rank", "alpha", "target_modules", "breadth_first")
     of_methods = {name: getattr(arguments, name) for name in method if getattr(arguments, name) is not None}
     return {**changes, "paths": files, "changes": of_methods}
 

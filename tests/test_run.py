@@ -155,6 +155,10 @@ class TestGrid:
         traced = {(task.method, task.seed, task.length) for task in found.plan.tasks if task.is_traced}
         assert traced == {("lora", 1, 1)}
 
+    def test_passes_over_a_sequence_leave_single_edits_as_they_are(self, model, corpora, tmp_path):
+        found = Run(settings(model, changes={"breadth_first": 2}), tmp_path, shard=ALONE)
+        assert {(task.length, task.settings.breadth_first) for task in found.plan.tasks} == {(1, None), (2, 2)}
+
     def test_a_length_that_does_not_fit_is_refused(self, model, corpora, tmp_path):
         with pytest.raises(ValueError, match="short, sequences of 5: count must be at most 4, got 5"):
             Run(settings(model, lengths=(1, 5)), tmp_path, shard=ALONE)
@@ -184,6 +188,8 @@ class TestGrid:
             ({"held_out_texts": -1}, "held_out_texts must be at least 0, got -1"),
             ({"losses": ("overtone:lam=2",)}, "lam must be"),
             ({"methods": ("rosa",)}, "unknown method 'rosa'"),
+            ({"changes": {"breadth_first": 0}}, "breadth_first must be at least 1 edit a step, got 0"),
+            ({"changes": {"breadth_first": 5}, "lengths": (1,)}, "breadth_first is 5, but lengths has single edits"),
         ],
     )
     def test_names_what_is_wrong(self, model, corpora, tmp_path, changes, message):

@@ -18,8 +18,8 @@ class FitTrace:
     """How one edit went.
 
     Attributes:
-        losses: the loss before each update, and the one at which the edit was held.
-        steps: optimiser steps taken.
+        losses: the loss before each update, and those of the steps that were held.
+        steps: optimiser steps taken, without those that were held.
         ended: "steps" (all were taken), "held" (the loss asked for no further change) or "stopped" (by a rule of the
             method's own).
         seconds: wall-clock time.
@@ -38,15 +38,18 @@ def fit(
     steps: int,
     lr: float,
     observe: Callable[[int], None] | None = None,
+    steps_a_pass: int = 1,
 ) -> FitTrace:
     """Minimise a loss with Adam.
 
     Args:
         parameters: the weights to move, as an editing method opens them.
         loss_of: the loss with the weights as they are, a scalar; a held one leaves every gradient None.
-        steps: optimiser steps at most.
+        steps: at most; of a loss that looks at its texts in turn, passes over all of them.
         lr: Adam's learning rate.
         observe: called with the number of steps taken so far, before every step.
+        steps_a_pass: after how many calls `loss_of` has looked at all of its texts. The fit ends held after a pass of
+            which every step was.
 
     Raises:
         RuntimeError: the loss is NaN or infinite.
@@ -54,8 +57,9 @@ def fit(
     start = time.perf_counter()
     optimizer = torch.optim.Adam(parameters, lr=lr)
     losses: list[float] = []
+    taken = taken_before_pass = 0
     ended = "steps"
-    for step in range(steps):
+    for step in range(steps * steps_a_pass):
         if observe is not None:
             observe(step)
         optimizer.zero_grad()
@@ -64,14 +68,17 @@ def fit(
         if not torch.isfinite(loss):
             raise RuntimeError(f"the loss is {losses[-1]} after {step} steps with lr={lr}: lower lr")
         loss.backward()
-        if all(parameter.grad is None for parameter in parameters):
-            # No gradient, so Adam would leave every weight where it is; the next forward pass would be this one
-            # again, with the same answer. Nothing can change any more.
-            ended = "held"
-            break
-        optimizer.step()
+        if any(parameter.grad is not None for parameter in parameters):
+            optimizer.step()
+            taken += 1
+        if (step + 1) % steps_a_pass == 0:
+            if taken == taken_before_pass:
+                # No gradient, so Adam would leave every weight where it is; the next forward passes would be these
+                # again, with the same answer. Nothing can change any more.
+                ended = "held"
+                break
+            taken_before_pass = taken
     optimizer.zero_grad()
-    taken = len(losses) if ended == "steps" else len(losses) - 1
     return FitTrace(tuple(losses), taken, ended, time.perf_counter() - start)
 
 

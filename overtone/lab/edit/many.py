@@ -60,8 +60,10 @@ class Job:
         start: the weights (W,) before it.
         watch: says before each update under which names to keep the weights; the first time counts.
         until: end once the weights are kept under all of these names; none: run all steps.
-        rows: from the number of steps taken to the places in `texts` of those that take part in the next one; None: all
+        rows: from the number of steps before it to the places in `texts` of those that take part in a step; None: all
             of them in every step.
+        steps_a_pass: after how many steps all texts have had their turn. The limit of steps counts passes, and the edit
+            ends held after a pass whose steps all were.
     """
 
     texts: tuple[Text, ...]
@@ -70,6 +72,7 @@ class Job:
     watch: Watch | None = None
     until: frozenset[str] = frozenset()
     rows: Callable[[int], Sequence[int]] | None = None
+    steps_a_pass: int = 1
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ class FittedEdit:
 
     Attributes:
         weights: (W,), at the end.
-        losses: before each update, and the one at which the edit was held.
-        steps: optimiser steps taken.
+        losses: before each update, and those of the steps that were held.
+        steps: optimiser steps taken, without those that were held.
         ended: "steps" or "held", as in `overtone.lab.edit.fit.FitTrace`.
         seconds: its share of the wall-clock time of the steps that it took part in.
         snapshots: the weights that the watch had kept, by name.
@@ -140,7 +143,7 @@ def fit_many(
         model: the unedited model, in evaluation mode.
         opened: the weights to move.
         jobs: the edits.
-        steps: optimiser steps of an edit at most.
+        steps: of an edit at most; of a job in passes, how many passes.
         lr: Adam's learning rate.
         at_once: how many edits share a pass.
 
@@ -187,9 +190,10 @@ class _Running:
         self.seconds = 0.0
         self.ended: str | None = None
         self.weights = job.start.detach().clone().requires_grad_()
-        self._steps = steps
+        self._limit = steps * job.steps_a_pass
         self._lr = lr
         self._taken = 0
+        self._taken_before_pass = 0
         self._losses: list[float] = []
         self._snapshots: dict[str, Snapshot] = {}
         self._optimizer = torch.optim.Adam([self.weights], lr=lr)
@@ -207,11 +211,11 @@ class _Running:
     def choose_rows(self) -> None:
         """Settle which texts take part in the step."""
         if self.job.rows is not None:
-            self.rows = self.job.rows(self._taken)
+            self.rows = self.job.rows(len(self._losses))
             if not self.rows or not all(0 <= row < len(self.job.texts) for row in self.rows):
                 raise ValueError(
                     f"rows must name some of the job's {len(self.job.texts)} texts, counted from 0, got "
-                    f"{list(self.rows)} after {self._taken} steps"
+                    f"{list(self.rows)} after {len(self._losses)} steps"
                 )
 
     def logits_gradient(self, logits: Tensor) -> Tensor | None:
@@ -231,17 +235,19 @@ class _Running:
             self.ended = "held"
             return None
         loss.backward()
-        if leaf.grad is None:
-            self.ended = "held"
+        self._taken += leaf.grad is not None
+        if len(self._losses) % self.job.steps_a_pass == 0:
+            if self._taken == self._taken_before_pass:
+                self.ended = "held"
+            elif len(self._losses) == self._limit:
+                self.ended = "steps"
+            self._taken_before_pass = self._taken
         return None if leaf.grad is None else leaf.grad.to(logits.dtype)
 
     def update(self) -> None:
         """Take the step for which the weights have their gradient."""
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._taken += 1
-        if self._taken == self._steps:
-            self.ended = "steps"
 
     def result(self) -> FittedEdit:
         """How it went, once it has ended."""

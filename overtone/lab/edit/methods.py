@@ -26,6 +26,8 @@ class MethodSettings:
         rank: of LoRA's adapters.
         alpha: LoRA's output is scaled by alpha / rank.
         target_modules: the modules that get an adapter of LoRA's.
+        breadth_first: train a sequence's edits in passes over all of them, so many a step
+            (`overtone.lab.edit.breadth_first`); None: each to its end before the next.
     """
 
     lr: float
@@ -34,6 +36,7 @@ class MethodSettings:
     rank: int | None = None
     alpha: int | None = None
     target_modules: tuple[str, ...] | None = None
+    breadth_first: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The settings that are set, as JSON has them."""
@@ -72,7 +75,7 @@ class EditingMethod:
 
     def changed(self, changes: Mapping[str, Any], *, is_large: bool = False) -> MethodSettings:
         """Its settings with some of them changed; changes of what other methods have are left out."""
-        names = ("lr", "steps", *self.own_settings)
+        names = ("lr", "steps", "breadth_first", *self.own_settings)
         settings = self.large_settings if is_large else self.settings
         return replace(settings, **{name: value for name, value in changes.items() if name in names})
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from itertools import count
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from overtone.lab.data.edit import Edit
 from overtone.lab.edit.anchored import AnchoredTexts
+from overtone.lab.edit.breadth_first import Passes
 from overtone.lab.edit.easyedit import process
 from overtone.lab.edit.easyedit.algorithms import ALGORITHMS, easyedit_cannot_minimise, require_easyedit
 from overtone.lab.edit.easyedit.session import open_easyedit_session
@@ -63,6 +66,44 @@ class WeightSession:
             lr=self._settings.lr,
             observe=observe,
         )
+
+    def apply_in_passes(self, edits: Sequence[Edit], loss: LossSpec, *, edits_a_step: int, seed: int) -> list[FitTrace]:
+        """Fit several edits with one optimiser, in passes over all of them.
+
+        Args:
+            edits: what to make true.
+            loss: what to fit each with.
+            edits_a_step: how many edits share a step.
+            seed: of the shuffles.
+
+        Returns:
+            For each edit the steps in which it was not held; losses, end and an equal share of the time are of all.
+
+        Raises:
+            RuntimeError: the loss is NaN or infinite.
+        """
+        batches = [encode_targets(self._tokenizer, edit.pairs, self.model.device) for edit in edits]
+        passes = Passes(
+            batches,
+            loss.build(self._method.name),
+            self._tokenizer.bos_token_id,
+            edits_a_step=edits_a_step,
+            seed=seed,
+        )
+        steps = count()
+
+        def loss_of() -> Tensor:
+            rows = passes.rows(next(steps))
+            return passes.mean(logits_at(self.model, [passes.texts[row] for row in rows]), rows)
+
+        trace = fit(
+            self._parameters,
+            loss_of,
+            steps=self._settings.steps,
+            lr=self._settings.lr,
+            steps_a_pass=passes.steps_a_pass,
+        )
+        return [replace(trace, steps=steps, seconds=trace.seconds / len(edits)) for steps in passes.steps]
 
     def _loss_of(self, edit: Edit, loss: EditLoss) -> Callable[[], Tensor]:
         batch = encode_targets(self._tokenizer, edit.pairs, self.model.device)

@@ -119,6 +119,25 @@ def _check(settings: RunSettings) -> None:
         )
     for method in settings.methods:
         require_method(method)
+    edits_a_step = settings.changes.get("breadth_first")
+    if edits_a_step is not None:
+        _check_breadth_first(settings, edits_a_step)
+
+
+def _check_breadth_first(settings: RunSettings, edits_a_step: int) -> None:
+    if edits_a_step < 1:
+        raise ValueError(f"breadth_first must be at least 1 edit a step, got {edits_a_step}")
+    if max(settings.lengths) == 1:
+        raise ValueError(
+            f"breadth_first is {edits_a_step}, but lengths has single edits alone: ask for longer sequences, or leave "
+            "breadth_first out"
+        )
+    others = [method for method in settings.methods if method not in METHODS]
+    if others:
+        raise ValueError(
+            f"breadth_first is for the lab's own methods ({', '.join(METHODS)}), got {', '.join(others)} beside it: "
+            "leave one of the two out"
+        )
 
 
 def _possible_pairs(settings: RunSettings, plan: Plan) -> list[tuple[str, str]]:
@@ -143,7 +162,9 @@ def _tasks(
     traced = settings.methods[0], settings.seeds[0], 1
     for length in settings.lengths:
         for number, edits in enumerate(_sequences(settings, plan, data, seed, length)):
-            for method, chosen, loss in ((m, chosen, loss) for m, loss in pairs for chosen in _settings(settings, m)):
+            for method, chosen, loss in (
+                (m, chosen, loss) for m, loss in pairs for chosen in _settings(settings, m, length)
+            ):
                 is_own = method in METHODS
                 yield SequenceTask(
                     data=data,
@@ -159,13 +180,15 @@ def _tasks(
                 )
 
 
-def _settings(settings: RunSettings, method: str) -> list[MethodSettings | None]:
+def _settings(settings: RunSettings, method: str, length: int) -> list[MethodSettings | None]:
     """What an editor sets of a method: once for each learning rate; None where EasyEdit's files decide."""
     if method not in METHODS:
         return [None]
     rates = [{"lr": lr} for lr in settings.lrs] or [{}]
     is_large = settings.model is not None
-    return [METHODS[method].changed({**settings.changes, **rate}, is_large=is_large) for rate in rates]
+    # Passes over a single edit are its steps.
+    changes = {name: value for name, value in settings.changes.items() if length > 1 or name != "breadth_first"}
+    return [METHODS[method].changed({**changes, **rate}, is_large=is_large) for rate in rates]
 
 
 def _sequences(settings: RunSettings, plan: Plan, data: str, seed: int, length: int) -> list[tuple[Edit, ...]]:

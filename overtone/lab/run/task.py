@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 
 from overtone.lab.data.edit import Edit
+from overtone.lab.edit.fit import FitTrace
 from overtone.lab.edit.methods import METHODS, MethodSettings
-from overtone.lab.edit.sessions import open_session
+from overtone.lab.edit.sessions import Session, WeightSession, open_session
 from overtone.lab.model.workplace import Workplace
 from overtone.lab.results.record import EditRecord, SequenceKey, settings_text
 from overtone.lab.score.perplexity import perplexity
@@ -94,12 +96,11 @@ class SequenceTask:
         return records
 
     def _perform(self, workplace: Workplace) -> list[EditRecord]:
-        loss = parse(self.loss)
         examinations = _examine_all(workplace, self.edits)
         tracer = Tracer(workplace.model, workplace.tokenizer, self.edits[0]) if self.is_traced else None
         with open_session(workplace, self.method, self.settings, self.first_index, self.known_texts) as session:
             observe = None if tracer is None else tracer.observe
-            fitted = [session.apply(edit, loss, observe) for edit in self.edits]
+            fitted = self._fit(session, observe)
             if tracer is not None:
                 tracer.record(fitted[-1].steps)
             is_own = self.method in METHODS  # and so changes weights alone
@@ -128,6 +129,14 @@ class SequenceTask:
             )
             for position, fit in enumerate(fitted)
         ]
+
+    def _fit(self, session: Session, observe: Callable[[int], None] | None) -> list[FitTrace]:
+        loss = parse(self.loss)
+        edits_a_step = None if self.settings is None else self.settings.breadth_first
+        if edits_a_step is None:
+            return [session.apply(edit, loss, observe) for edit in self.edits]
+        assert isinstance(session, WeightSession)
+        return session.apply_in_passes(self.edits, loss, edits_a_step=edits_a_step, seed=self.first_index)
 
     def failed(self, error: Exception) -> list[EditRecord]:
         """The records that say why no edit of the sequence counts."""

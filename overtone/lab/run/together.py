@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from overtone.lab.data.edit import Edit
+from overtone.lab.edit.breadth_first import Passes
 from overtone.lab.edit.families import Family, families
 from overtone.lab.edit.many import FittedEdit, OpenedWeights, Snapshot, fit_many
 from overtone.lab.edit.methods import METHODS, MethodSettings
@@ -79,10 +80,16 @@ class TogetherTask:
         opened = _open(workplace, first.method, first.settings)
         made: dict[SequenceKey, list[_Made]] = {task.key: [] for task in self.tasks}
         weights: dict[SequenceKey, Tensor] = {}
-        for position in range(first.length):
-            for task, snapshot, ended, seconds in self._fit(workplace, opened, position, weights):
-                made[task.key].append((snapshot.steps, ended, seconds))
-                weights[task.key] = snapshot.weights
+        if first.settings.breadth_first is not None:
+            for task, passes, fitted in self._fit_in_passes(workplace, opened, first.settings.breadth_first):
+                share = fitted.seconds / len(passes.steps)
+                made[task.key] = [(steps, fitted.ended, share) for steps in passes.steps]
+                weights[task.key] = fitted.weights
+        else:
+            for position in range(first.length):
+                for task, snapshot, ended, seconds in self._fit(workplace, opened, position, weights):
+                    made[task.key].append((snapshot.steps, ended, seconds))
+                    weights[task.key] = snapshot.weights
         examined = []
         for task in self.tasks:
             exams = _examine(workplace, task.method, first.settings, task.edits)
@@ -113,10 +120,8 @@ class TogetherTask:
         for tasks in self.runs:
             task = tasks[0]
             family = Family((parse(task.loss) for task in tasks), task.method)
-            start = weights[task.key] if position else opened.start(task.first_index)
+            start = weights[task.key] if position else _start(opened, task)
             batch = encode_targets(workplace.tokenizer, task.edits[position].pairs, workplace.model.device)
-            # Adam's steps would vanish in the rounding of half-precision weights.
-            start = start.float() if start.dtype.itemsize < 4 else start
             jobs.append(family.job(batch, start, workplace.tokenizer.bos_token_id))
             of_runs.append(family)
         made = fit_many(workplace.model, opened, jobs, steps=settings.steps, lr=settings.lr, at_once=self.at_once)
@@ -125,6 +130,29 @@ class TogetherTask:
             for task in tasks:
                 snapshot, ended = ends[task.loss]
                 yield task, snapshot, ended, _seconds(edit, snapshot)
+
+    def _fit_in_passes(
+        self, workplace: Workplace, opened: OpenedWeights, edits_a_step: int
+    ) -> Iterator[tuple[SequenceTask, Passes, FittedEdit]]:
+        """Make all edits of each sequence together."""
+        settings = self.tasks[0].settings
+        assert settings is not None
+        tokenizer, device = workplace.tokenizer, workplace.model.device
+        of_tasks, jobs = [], []
+        for task in self.tasks:
+            passes = Passes(
+                [encode_targets(tokenizer, edit.pairs, device) for edit in task.edits],
+                parse(task.loss).build(task.method),
+                tokenizer.bos_token_id,
+                edits_a_step=edits_a_step,
+                seed=task.first_index,
+            )
+            jobs.append(passes.job(_start(opened, task)))
+            of_tasks.append(passes)
+        # The edits of a step share its pass as much as the sequences do.
+        at_once = max(1, self.at_once // min(edits_a_step, self.tasks[0].length))
+        made = fit_many(workplace.model, opened, jobs, steps=settings.steps, lr=settings.lr, at_once=at_once)
+        yield from zip(self.tasks, of_tasks, made, strict=True)
 
     def _score(
         self, workplace: Workplace, opened: OpenedWeights, examined: list[tuple[Exam, Tensor]]
@@ -150,6 +178,13 @@ def together(tasks: Iterable[SequenceTask], at_once: int, *, generates: bool = F
         for own in alike.values()
         for runs in (_single_edits(own) if own[0].length == 1 else _rows(own, at_once))
     ]
+
+
+def _start(opened: OpenedWeights, task: SequenceTask) -> Tensor:
+    """The weights before a sequence's first edit."""
+    start = opened.start(task.first_index)
+    # Adam's steps would vanish in the rounding of half-precision weights.
+    return start.float() if start.dtype.itemsize < 4 else start
 
 
 _Runs = tuple[tuple[SequenceTask, ...], ...]
