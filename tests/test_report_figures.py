@@ -62,6 +62,12 @@ class TestForgetting:
         assert table[["youngest", "oldest"]].values.tolist() == [[0, 0], [1, 1], [2, 2]]
         assert table["rel"].tolist() == pytest.approx([0.3, 0.2, 0.1])
 
+    def test_edits_of_passes_over_a_sequence_have_no_age(self):
+        depth, breadth = {"lr": 0.005, "steps": 50}, {"lr": 0.005, "steps": 50, "breadth_first": 3}
+        table = self.table([*sequence([0.1, 0.2, 0.3], settings=depth), *sequence([1.0, 1.0, 1.0], settings=breadth)])
+        assert table["rel"].tolist() == pytest.approx([0.3, 0.2, 0.1])
+        assert self.table(sequence([1.0, 1.0], settings=breadth)).empty
+
     def test_single_edits_and_failed_ones_are_not_forgotten(self):
         assert self.table(singles([1.0, 0.5])).empty
         assert self.table(sequence([None, None])).empty

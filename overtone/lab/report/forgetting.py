@@ -13,8 +13,12 @@ _BINS = 10
 
 
 def forgetting_table(edits: pd.DataFrame) -> pd.DataFrame:
-    """A row for each bin of ages, over the longest sequences of each data and method; failed edits are left out."""
+    """A row for each bin of ages, over the longest sequences of each data and method.
+
+    Failed edits are left out, and those of passes over a whole sequence, of which none was made before another.
+    """
     rows: list[dict[str, Any]] = []
+    edits = edits[edits["breadth_first"].isna()]
     for (data, method, settings), own in edits.groupby(["data", "method", "settings"], observed=True):
         length = int(own["length"].max())
         own = own[(own["length"] == length) & own["error"].isna()]

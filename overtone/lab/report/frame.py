@@ -88,6 +88,7 @@ def _row(record: EditRecord) -> dict[str, Any]:
     row = {**vars(record), **record.answers, "settings": settings_text(record.settings)}
     del row["scores"], row["answers"]
     row["lr"] = record.settings.get("lr")
+    row["breadth_first"] = record.settings.get("breadth_first")
     scores = record.scores or _UNSCORED
     row |= {"kl": scores.kl, "average": _mean(scores.accuracy), "exact match": _mean(scores.exact_match)}
     row |= {name: scores.accuracy.get(name, math.nan) for name in ACCURACIES}
