@@ -192,6 +192,32 @@ def gemma_held() -> pd.DataFrame:
 
 
 @table
+def gemma_breadth() -> pd.DataFrame:
+    """Rows of ten on a real model, each edit to its end or in passes over all of them."""
+    held = read_edits("real/gemma-3-270m-held").query("T == 10")
+    orders = {"each to its end": held, "in passes": read_edits("real/gemma-3-270m-breadth")}
+    cell, edit = ["data", "method", "lr"], ["sequence", "position"]
+    wide_edits = {
+        order: edits.pivot(index=[*cell, *edit], columns="loss", values="average") for order, edits in orders.items()
+    }
+    found = []
+    for key, passes in wide_edits["in passes"].groupby(level=cell, sort=False):
+        data, method, lr = key
+        for order, edits in wide_edits.items():
+            own = edits.loc[key]
+            gain = bootstrap_difference(
+                (own["overtone_recommended"] - passes.loc[key]["cross_entropy:hold=0.01"]).to_numpy()[:, None],
+                own.index.get_level_values("sequence"),
+            )
+            means = {title_of(loss): [number(own[loss].mean())] for loss in passes}
+            row = {"difference": gain.mean, "difference low": gain.low, "difference high": gain.high}
+            last = difference(pd.Series(row | {"clear": bool(gain.excludes_zero)}))
+            place = {"data, method, lr": [f"{data_title(data)}, {METHODS[method]}, {lr:g}"], "order": [order]}
+            found.append(columns(place | means | {"recommended minus LocFT's": [last]}))
+    return pd.concat(found)
+
+
+@table
 def gemma_choice() -> pd.DataFrame:
     """How the number in each method's hold was chosen: averages by loss."""
     edits = read_edits("real/gemma-3-270m-choice")
