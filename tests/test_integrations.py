@@ -476,12 +476,19 @@ class TestOpenUnlearning:
             open_unlearning.OverTone("overtone:hold=settled")
 
 
+class AxolotlTrainer:
+    """axolotl's, as far as its own loss goes."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        raise NotImplementedError
+
+
 @pytest.fixture
 def plugin(monkeypatch):
-    names = ("axolotl", "axolotl.integrations", "axolotl.integrations.base")
-    for name in names:
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules[names[-1]].BasePlugin = object
+    for name in ("", ".core", ".core.trainers", ".integrations", ".integrations.base"):
+        monkeypatch.setitem(sys.modules, "axolotl" + name, ModuleType("axolotl" + name))
+    sys.modules["axolotl.core.trainers"].AxolotlTrainer = AxolotlTrainer
+    sys.modules["axolotl.integrations.base"].BasePlugin = object
     monkeypatch.delitem(sys.modules, "overtone.integrations.axolotl", raising=False)
     yield importlib.import_module("overtone.integrations.axolotl").OverTonePlugin()
     sys.modules.pop("overtone.integrations.axolotl")
@@ -494,7 +501,8 @@ class TestAxolotl:
         keys = getattr(importlib.import_module(path), name)
         assert plugin.add_callbacks_post_trainer(keys(), None) == []
         plugin.register({"overtone": None, "cut_cross_entropy": True})
-        (callback,) = plugin.add_callbacks_post_trainer(keys(overtone={"lam": 0.5, "hold": "settled"}), None)
+        settings = keys(overtone={"lam": 0.5, "hold": "settled"})
+        (callback,) = plugin.add_callbacks_post_trainer(settings, AxolotlTrainer())
         assert callback.config == OverToneConfig(lam=0.5, hold="settled")
 
     @pytest.mark.parametrize(
@@ -502,19 +510,44 @@ class TestAxolotl:
         [
             ("cut_cross_entropy", True),
             ("chunked_cross_entropy", True),
+            ("flash_attn_cross_entropy", True),
             ("liger_cross_entropy", True),
             ("liger_fused_linear_cross_entropy", True),
+            ("use_dft", True),
             ("use_eaft", True),
+            ("kd_trainer", True),
+            ("reward_model", True),
+            ("process_reward_model", True),
             ("context_parallel_size", 2),
+            ("sequence_parallel_degree", 2),
             ("rl", "dpo"),
             ("overtone", "overtone:lam=2"),
         ],
     )
     def test_other_losses_are_refused(self, plugin, name, value):
-        """Before a model is loaded; keys that are off or not set are let pass."""
-        plugin.register({"overtone": "overtone", "cut_cross_entropy": False, "context_parallel_size": 1, "rl": None})
-        with pytest.raises(ValueError, match=name):
-            plugin.register({"overtone": "overtone", name: value})
+        """Before a model is loaded, as given and as filled with defaults; keys that are off or not set are let pass."""
+        allowed = {"overtone": "overtone", "cut_cross_entropy": False, "context_parallel_size": 1, "rl": None}
+        for check in (plugin.register, plugin.pre_model_load):
+            check(allowed)
+            check({"cut_cross_entropy": True})
+            with pytest.raises(ValueError, match=name):
+                check({"overtone": "overtone", name: value})
+
+    def test_trainer_with_a_loss_of_its_own_is_refused(self, plugin):
+        """A plugin's or that of trainer_cls, which may take the model's logits and leave its loss."""
+
+        class Diffusion(AxolotlTrainer):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                raise NotImplementedError
+
+        class Renamed(AxolotlTrainer):
+            pass
+
+        on, off = SimpleNamespace(overtone="overtone"), SimpleNamespace(overtone=None)
+        with pytest.raises(ValueError, match="compute_loss, got Diffusion"):
+            plugin.add_callbacks_post_trainer(on, Diffusion())
+        assert plugin.add_callbacks_post_trainer(off, Diffusion()) == []
+        assert len(plugin.add_callbacks_post_trainer(on, Renamed())) == 1
 
 
 class TestLoops:

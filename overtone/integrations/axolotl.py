@@ -13,9 +13,10 @@ from overtone.integrations.settings import read_settings, require
 __all__ = ["OverToneArgs", "OverTonePlugin"]
 
 _NEEDED = {
-    **dict.fromkeys(("cut_cross_entropy", "chunked_cross_entropy", "use_eaft"), False),
+    **dict.fromkeys(("cut_cross_entropy", "chunked_cross_entropy", "flash_attn_cross_entropy"), False),
     **dict.fromkeys(("liger_cross_entropy", "liger_fused_linear_cross_entropy"), False),
-    "context_parallel_size": 1,
+    **dict.fromkeys(("use_dft", "use_eaft", "kd_trainer", "reward_model", "process_reward_model"), False),
+    **dict.fromkeys(("context_parallel_size", "sequence_parallel_degree"), 1),
     "rl": None,
 }
 
@@ -40,6 +41,17 @@ class OverTonePlugin(BasePlugin):  # type: ignore[misc]
         read_settings(cfg["overtone"])
         require({name: value for name, value in cfg.items() if value is not None}, **_NEEDED)
 
+    def pre_model_load(self, cfg: dict[str, Any]) -> None:
+        """Again with the defaults, which the keys do not have before: cut cross-entropy's is on."""
+        self.register(cfg)
+
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        """The callback that attaches the loss, if the key is there."""
-        return [] if cfg.overtone is None else [OverToneCallback(cfg.overtone)]
+        """The callback that attaches the loss, if the key is there; refuses a trainer with a loss of its own."""
+        if cfg.overtone is None:
+            return []
+        from axolotl.core.trainers import AxolotlTrainer
+
+        if type(trainer).compute_loss is not AxolotlTrainer.compute_loss:
+            name = type(trainer).__name__
+            raise ValueError(f"the trainer must have AxolotlTrainer's compute_loss, got {name}, which has another")
+        return [OverToneCallback(cfg.overtone)]
