@@ -117,6 +117,8 @@ def anchored_job(
     anchors = [Anchors.record(before, at) for at in kept]
 
     def objective(logits: Tensor, _: Sequence[int]) -> Tensor:
+        if not anchors:
+            return built.mean(logits[is_target], labels)
         logits, moved = built.anchored(logits, anchors)
         return built.mean(logits[is_target], labels, anchored=moved)
 
@@ -134,7 +136,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--count", type=int, default=4, help="names, and continuations of the subject, of each edit")
-    parser.add_argument("--losses", nargs="+", default=["overtone:anchor=1"], help="with an anchor")
+    parser.add_argument(
+        "--losses", nargs="+", default=["overtone:anchor=1"], help="without an anchor for prefixes alone"
+    )
     parser.add_argument("--groups", help="by commas, what the anchors stand on; none: the early stops of cross-entropy")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
