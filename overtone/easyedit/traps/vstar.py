@@ -69,8 +69,8 @@ def _projection(config: Config) -> Iterator[Trap]:
 
 def _keys_of_earlier_edits(config: Config) -> Iterator[Trap]:
     yield Trap(
-        f"{config['alg_name']} keeps the keys of every edit in its module, and holds later edits to them: single edits, "
-        "and runs with another loss in the same process, are not independent",
+        f"{config['alg_name']} keeps the keys of every edit in its module, and holds later edits to them: single edits "
+        "are not independent, nor are runs with several losses in one process",
         "cache_c_new = False in the module of its apply function before each edit that is to know of no other",
         always=True,
     )
