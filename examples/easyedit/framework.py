@@ -28,10 +28,8 @@ CLASSES = {
     "AlphaEdit": ("easyeditor.models.alphaedit", "AlphaEditHyperParams"),
     "ROME": ("easyeditor.models.rome", "ROMEHyperParams"),
     "R-ROME": ("easyeditor.models.r_rome", "R_ROMEHyperParams"),
-    "EMMET": ("easyeditor.models.emmet", "EMMETHyperParams"),
-    "PMET": ("easyeditor.models.pmet", "PMETHyperParams"),
 }
-VECTOR_METHODS = ("MEMIT", "AlphaEdit", "ROME", "R-ROME", "EMMET", "PMET")
+VECTOR_METHODS = ("MEMIT", "AlphaEdit", "ROME", "R-ROME")
 """Those that optimise one vector."""
 
 LAYERS = {"llama-3.2-3b-instruct": 28, "qwen2.5-7b-instruct": 28}

@@ -98,7 +98,7 @@ def edits(
     editor = None
     for case in cases:
         with quiet():
-            if editor is None or method in ("MELO", "EMMET"):  # they keep their edits: a new editor for each
+            if editor is None or method == "MELO":  # MELO keeps its edits: a new editor for each
                 editor = BaseEditor.from_hparams(load_hparams(config))
                 if not prefixes:
                     without_prefixes(editor)
@@ -120,10 +120,13 @@ def main() -> int:
     )
     parser.add_argument("--change", default="", help="hparams to change, as lr=0.001;layers=[2,3]")
     parser.add_argument(
-        "--no-prefixes", action="store_true", help=f"of {', '.join(VECTOR_METHODS)}: the bare prompt alone; faster"
+        "--no-prefixes", action="store_true", help=f"{', '.join(VECTOR_METHODS)}: the bare prompt alone; faster"
     )
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    method = load_config(arguments.hparams)["alg_name"]
+    if arguments.no_prefixes and method not in VECTOR_METHODS:
+        parser.error(f"--no-prefixes is for {', '.join(VECTOR_METHODS)}, not for {method}")
     if "EASYEDIT_ROOT" in os.environ:
         sys.path.insert(0, os.environ["EASYEDIT_ROOT"])
     import overtone.easyedit
