@@ -324,7 +324,21 @@ def gemma_rates() -> pd.DataFrame:
 @table
 def easyedit_gemma() -> pd.DataFrame:
     """EasyEdit's own trainers on a real model, with the key and without it."""
-    edits = read_edits("real/easyedit-gemma").set_index(["method", "token_loss", "case"])
+    return against_no_key("real/easyedit-gemma")
+
+
+@table
+def easyedit_gemma_vstar() -> pd.DataFrame:
+    """The same of methods that optimise one vector."""
+    found = against_no_key("real/easyedit-gemma-vstar")
+    edits = read("real/easyedit-gemma-vstar").groupby("method").case.nunique()
+    found.insert(1, "edits", found.method.map(edits).astype(str))
+    return found
+
+
+def against_no_key(name: str) -> pd.DataFrame:
+    """Measures by method and key, and the difference to the same edits without the key."""
+    edits = read_edits(name).set_index(["method", "token_loss", "case"])
     means = edits.groupby(level=["method", "token_loss"], sort=False).mean().reset_index()
     by_case = edits.average.unstack("case")
     differences = []

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from overtone.easyedit import doctor
 from overtone.easyedit.loading import read_yaml
 from overtone.easyedit.traps import traps
+from overtone.easyedit.traps.vstar import NORM_AFTER_MLP
 
 HPARAMS = Path(__file__).parent.parent / "examples" / "easyedit" / "hparams"
 
@@ -150,6 +152,40 @@ class TestTraps:
         assert not any("cut short" in line for line in found(config))
         assert any("not the last of the model's 6 layers" in line for line in found({**config, "v_loss_layer": 4}))
         assert not any("cut short" in line for line in found({**config, "model_name": "llama", "v_loss_layer": 4}))
+
+    @pytest.mark.parametrize("model_type", ["llama", *NORM_AFTER_MLP])
+    def test_a_norm_after_the_mlp(self, tmp_path, model_type):
+        """It is told where a change of an MLP's output is not the same change of the layer's."""
+        transformers = pytest.importorskip("transformers")
+        if model_type not in transformers.CONFIG_MAPPING:
+            pytest.skip(f"this transformers has no {model_type}")
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 20, "head_dim": 8}
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **sizes))
+        layer, change, outputs = model.model.layers[0], torch.zeros(16), []
+        layer.mlp.register_forward_hook(lambda module, args, output: output + change)
+        layer.register_forward_hook(
+            lambda module, args, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+        )
+        for size in (0.0, 1.0):
+            change[0] = size
+            model(torch.tensor([[1, 2, 3]]))
+        arrives = torch.allclose(outputs[1] - outputs[0], change.expand(3, 16), atol=1e-5)
+        model.config.save_pretrained(tmp_path / "llama")
+        config = {"model_name": str(tmp_path / "llama"), "v_loss_layer": 1}
+        for method in ("MEMIT", "MEMIT-FE", "EMMET", "AlphaEdit", "SPHERE", "CORE", "EAMET"):
+            assert any("a norm after each MLP" in line for line in found({**config, "alg_name": method})) != arrives
+        for method in ("ROME", "R-ROME", "PMET", "UnKE"):
+            assert not any("a norm after each MLP" in line for line in found({**config, "alg_name": method}))
+
+    def test_single_edits_that_know_of_each_other(self):
+        for method in ("AlphaEdit", "SPHERE"):
+            assert any("keeps the keys" in line for line in found({"alg_name": method, "model_name": "llama"}))
+        assert any("never taken back" in line for line in found({"alg_name": "EMMET", "model_name": "llama"}))
+        for method in ("ROME", "MEMIT"):
+            told = found({"alg_name": method, "model_name": "llama"})
+            assert not any("keeps the keys" in line or "never taken back" in line for line in told)
 
     def test_a_models_own_code_is_not_asked_about(self, tmp_path, monkeypatch):
         """transformers would wait at the terminal for an answer."""

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,12 @@ CLASSES = {
     "WISE": ("easyeditor.models.wise", "WISEHyperParams"),
     "MEMIT": ("easyeditor.models.memit", "MEMITHyperParams"),
     "AlphaEdit": ("easyeditor.models.alphaedit", "AlphaEditHyperParams"),
+    "ROME": ("easyeditor.models.rome", "ROMEHyperParams"),
+    "R-ROME": ("easyeditor.models.r_rome", "R_ROMEHyperParams"),
 }
+VECTOR_METHODS = ("MEMIT", "AlphaEdit", "ROME", "R-ROME")
+"""Those that optimise one vector."""
+
 LAYERS = {"llama-3.2-3b-instruct": 28, "qwen2.5-7b-instruct": 28}
 """Of the models that the files are for; of the others 32."""
 
@@ -68,7 +74,9 @@ def fit_to_model(config: Config, model: str) -> None:
     config["model_name"] = model
     if not torch.cuda.is_available():
         config["device"] = "cpu"
-    if config["alg_name"] in ("FT", "MEMIT", "AlphaEdit"):
+        if "fp16" in config:
+            config["fp16"] = False  # half precision is for CUDA
+    if config["alg_name"] in ("FT", *VECTOR_METHODS):
         config["layers"] = sorted({fit(layer) for layer in config["layers"]})
         if "v_loss_layer" in config:
             config["v_loss_layer"] = depth - 1
@@ -80,6 +88,21 @@ def fit_to_model(config: Config, model: str) -> None:
         section["target_modules"] = sorted({fit_path(path) for path in section["target_modules"]})
         first = min(int(number) for number in re.findall(r"layers\.(\d+)", " ".join(section["target_modules"])))
         section["grace_layer"] = re.sub(r"layers\.\d+", f"layers.{max(first - 1, 0)}", section["grace_layer"])
+
+
+def without_prefixes(editor: Any) -> None:
+    """Let a method that optimises one vector see the bare prompt, not also prompts after texts that it samples.
+
+    It then has 2 sequences a step instead of 7 or more.
+    """
+    module: Any = sys.modules[editor.apply_algo.__module__]
+    module.CONTEXT_TEMPLATES_CACHE = ["{}"] if editor.alg_name in ("ROME", "R-ROME") else [["{}"]]
+
+
+def forget_keys(editor: Any) -> None:
+    """AlphaEdit keeps the keys of every edit in its module, of single ones too; an edit is to know of no other."""
+    module: Any = sys.modules[editor.apply_algo.__module__]
+    module.cache_c_new = False
 
 
 def load_hparams(config: Config) -> Any:

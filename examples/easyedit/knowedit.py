@@ -17,7 +17,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from framework import MEASURES, Request, Scores, average, load_config, load_hparams, quiet, scores_of, with_changes
+from framework import (
+    MEASURES,
+    VECTOR_METHODS,
+    Request,
+    Scores,
+    average,
+    forget_keys,
+    load_config,
+    load_hparams,
+    quiet,
+    scores_of,
+    with_changes,
+    without_prefixes,
+)
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -75,15 +88,22 @@ def _first(answer: Any) -> str:
     return str(answer)
 
 
-def edits(config: dict[str, Any], requests: list[Request], cases: list[int]) -> Iterator[tuple[int, Scores]]:
+def edits(
+    config: dict[str, Any], requests: list[Request], cases: list[int], *, prefixes: bool
+) -> Iterator[tuple[int, Scores]]:
     """Edit each case from the unedited model, and score it."""
     from easyeditor import BaseEditor
 
+    method = config["alg_name"]
     editor = None
     for case in cases:
         with quiet():
-            if editor is None or config["alg_name"] == "MELO":  # MELO keeps its edits: a new editor for each
+            if editor is None or method == "MELO":  # MELO keeps its edits: a new editor for each
                 editor = BaseEditor.from_hparams(load_hparams(config))
+                if not prefixes:
+                    without_prefixes(editor)
+            if method == "AlphaEdit":
+                forget_keys(editor)
             metrics, _, _ = editor.edit_requests([requests[case]], sequential_edit=False, verbose=False)
         yield case, scores_of(metrics[0]["pre"], metrics[0]["post"])
 
@@ -99,8 +119,14 @@ def main() -> int:
         "--losses", nargs="+", metavar="LOSS", help="besides EasyEdit's own; else the file's token_loss"
     )
     parser.add_argument("--change", default="", help="hparams to change, as lr=0.001;layers=[2,3]")
+    parser.add_argument(
+        "--no-prefixes", action="store_true", help=f"{', '.join(VECTOR_METHODS)}: the bare prompt alone; faster"
+    )
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    method = load_config(arguments.hparams)["alg_name"]
+    if arguments.no_prefixes and method not in VECTOR_METHODS:
+        parser.error(f"--no-prefixes is for {', '.join(VECTOR_METHODS)}, not for {method}")
     if "EASYEDIT_ROOT" in os.environ:
         sys.path.insert(0, os.environ["EASYEDIT_ROOT"])
     import overtone.easyedit
@@ -121,7 +147,7 @@ def main() -> int:
         left = [case for case in range(len(requests)) if case not in done]
         with Progress(console=console) as progress, file.open("a", encoding="utf-8") as stream:
             bar = progress.add_task(name, total=len(requests), completed=len(requests) - len(left))
-            for case, scores in edits(config, requests, left):
+            for case, scores in edits(config, requests, left, prefixes=not arguments.no_prefixes):
                 records.append({"case": case, **scores})
                 stream.write(json.dumps(records[-1]) + "\n")
                 stream.flush()

@@ -22,6 +22,8 @@ ALG_NAMES = {
     "wise": "WISE",
     "memit": "MEMIT",
     "alphaedit": "AlphaEdit",
+    "rome": "ROME",
+    "r-rome": "R-ROME",
 }
 THEIRS = {
     "llama-2-7b-chat": "llama-7b",

@@ -230,6 +230,47 @@ class TestEdit:
         assert len(recorder) == 6
         assert any(not torch.equal(value, edited[key]) for key, value in stock.items())
 
+    @pytest.mark.parametrize(("name", "is_taken_back"), [("MEMIT", True), ("EMMET", False)])
+    def test_emmets_single_edits_are_not_taken_back(self, framework, models, monkeypatch, name, is_taken_back):
+        """As the doctor says."""
+        module = framework.module(f"models.{name.lower()}.{name.lower()}_main")
+        monkeypatch.setattr(module, "get_cov", lambda *args, **kwargs: torch.eye(64))
+        monkeypatch.setattr(module, "CONTEXT_TEMPLATES_CACHE", CONTEXTS)
+        hparams = self.hparams(framework, name, models)
+        editor = framework.editor_class.from_hparams(hparams)
+        before = {key: value.clone() for key, value in editor.model.state_dict().items()}
+        edit_with(framework, hparams, editor=editor, sequential=False)
+        after = editor.model.state_dict()
+        assert all(torch.equal(value, after[key]) for key, value in before.items()) == is_taken_back
+
+    def test_alphaedits_single_edits_know_of_each_other(self, framework, models, monkeypatch, tmp_path):
+        """As the doctor says: the same edit of the same model becomes another one, until the keys are forgotten."""
+        module = framework.module("models.alphaedit.AlphaEdit_main")
+        monkeypatch.setattr(module, "CONTEXT_TEMPLATES_CACHE", CONTEXTS)
+        monkeypatch.setattr(module, "P_loaded", False)
+        monkeypatch.setattr(module, "cache_c_new", False)
+        projection = tmp_path / "projection.pt"
+        torch.save(torch.eye(64).unsqueeze(0), projection)
+        own = {"nullspace_threshold": 1e-2, "L2": 1, "P_loc": str(projection)}
+        hparams = self.hparams(framework, "AlphaEdit", models, **own)
+        editor = framework.editor_class.from_hparams(hparams)
+        weights, edited = editor.model.model.layers[0].mlp.down_proj.weight, []
+        monkeypatch.setattr(module, "compute_z", lambda *args: torch.ones(32))
+        apply = editor.apply_algo
+
+        def watched(*args, **kwargs):
+            result = apply(*args, **kwargs)
+            edited.append(weights.detach().clone())
+            return result
+
+        editor.apply_algo = watched
+        for _ in range(2):
+            edit_with(framework, hparams, editor=editor, sequential=False)
+        module.cache_c_new = False
+        edit_with(framework, hparams, editor=editor, sequential=False)
+        assert torch.equal(edited[0], edited[2])
+        assert not torch.allclose(edited[0], edited[1], rtol=1e-2)
+
     def test_says_how_low_a_held_loss_is_to_its_own_rule_alone(self, vector):
         """What it prints of a held step is below every threshold, and below what stands beside it."""
         overtone.easyedit.install()

@@ -18,7 +18,10 @@ __all__ = ["Trap", "traps"]
 
 _CHECKS: Mapping[str, tuple[Callable[[Config], Iterator[Trap]], ...]] = {
     **{trainer.name: vstar.CHECKS for trainer in VSTAR},
+    **dict.fromkeys(("MEMIT", "MEMIT-FE", "CORE", "EAMET"), vstar.LAYER_CHECKS),
+    "EMMET": vstar.EMMET_CHECKS,
     "AlphaEdit": vstar.ALPHAEDIT_CHECKS,
+    "SPHERE": vstar.SPHERE_CHECKS,
     "FT": ft.CHECKS,
     "LoRA": lora.CHECKS,
     "QLoRA": lora.QLORA_CHECKS,

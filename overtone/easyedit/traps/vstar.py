@@ -9,6 +9,9 @@ from overtone.easyedit.traps.trap import Config, Trap
 
 ALPHAEDIT_FAMILIES = ("llama", "qwen", "gpt-j-6b", "gpt2-xl")
 
+NORM_AFTER_MLP = ("gemma2", "gemma3_text", "glm4", "olmo2", "olmo3", "exaone4")
+"""Types of models that put a norm between an MLP and the residual stream that it is added to."""
+
 
 def _last_layer(config: Config) -> Iterator[Trap]:
     layers, last = _number_of_layers(config), config.get("v_loss_layer")
@@ -20,8 +23,23 @@ def _last_layer(config: Config) -> Iterator[Trap]:
         )
 
 
+def _norm_after_mlp(config: Config) -> Iterator[Trap]:
+    model_type = getattr(_text_config(config), "model_type", None)
+    if model_type in NORM_AFTER_MLP:
+        yield Trap(
+            f"a {model_type} model puts a norm after each MLP: what {config['alg_name']} writes into down_proj reaches "
+            "the layer's output turned and scaled by it, so that the edit misses its vector",
+            "ROME or R-ROME, whose vector is the MLP's own output",
+        )
+
+
 def _number_of_layers(config: Config) -> int | None:
-    """Of the model, where it is on this machine."""
+    layers: int | None = getattr(_text_config(config), "num_hidden_layers", None)
+    return layers
+
+
+def _text_config(config: Config) -> Any:
+    """The model's, where it is on this machine; else None."""
     try:
         from transformers import AutoConfig
 
@@ -30,8 +48,7 @@ def _number_of_layers(config: Config) -> int | None:
         model: Any = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (ImportError, OSError, ValueError):
         return None
-    layers: int | None = getattr(model.get_text_config(), "num_hidden_layers", None)
-    return layers
+    return model.get_text_config()
 
 
 def _projection(config: Config) -> Iterator[Trap]:
@@ -50,5 +67,29 @@ def _projection(config: Config) -> Iterator[Trap]:
     )
 
 
+def _keys_of_earlier_edits(config: Config) -> Iterator[Trap]:
+    yield Trap(
+        f"{config['alg_name']} keeps the keys of every edit in its module, and holds later edits to them: single edits "
+        "are not independent, nor are runs with several losses in one process",
+        "cache_c_new = False in the module of its apply function before each edit that is to know of no other",
+        always=True,
+    )
+
+
+def _not_taken_back(config: Config) -> Iterator[Trap]:
+    yield Trap(
+        "EMMET hands no weights back, so that a single edit is never taken back and the next one begins with it",
+        "a new editor for each edit",
+        always=True,
+    )
+
+
 CHECKS = (_last_layer,)
-ALPHAEDIT_CHECKS = (_last_layer, _projection)
+"""Of those whose vector is the output of the MLP, or that train a whole layer."""
+
+LAYER_CHECKS = (_last_layer, _norm_after_mlp)
+"""Of those that write into an MLP what is to come out of its layer."""
+
+EMMET_CHECKS = (*LAYER_CHECKS, _not_taken_back)
+ALPHAEDIT_CHECKS = (*LAYER_CHECKS, _projection, _keys_of_earlier_edits)
+SPHERE_CHECKS = (*LAYER_CHECKS, _keys_of_earlier_edits)
