@@ -110,8 +110,9 @@ def _add_bench(commands: Subcommands) -> None:
         "--breadth-first",
         type=int,
         metavar="N",
-        help="train the edits of a sequence in passes over all of them, N a step, as LocFT does (default: each to its "
-        "end before the next)",
+        help="train the edits of a sequence in rounds over all of them, N a step, as LocFT does; --steps then limits "
+        "the rounds, and N edits share a forward pass whatever --at-once says (default: each to its end before the "
+        "next)",
     )
     parser.add_argument("--seeds", type=_numbers, help="by commas: of the worlds, models and edits")
     _add_grid(parser, out="bench-out")

@@ -1,4 +1,4 @@
-"""A row of edits trained in passes over all of them: the steps of a loop written out."""
+"""A row of edits trained in rounds over all of them: the steps of a loop written out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from overtone import cli
 from overtone.cut_off import without_effect
-from overtone.lab.edit.breadth_first import Passes
+from overtone.lab.edit.breadth_first import Rounds
 from overtone.lab.edit.fit import fit
 from overtone.lab.edit.many import Job, fit_many, target_texts
 from overtone.lab.edit.methods import METHODS
@@ -23,31 +24,127 @@ from overtone.lab.run.task import SequenceTask
 from overtone.lab.run.together import together
 from overtone.token_loss import parse
 
-TARGETS = [("the head of acme is", " bo cy"), ("zed", " likes tea"), ("ana runs", " zed ."), ("bo likes", " rain milk")]
+PAIRS = [
+    [("the head of acme is", " bo cy")],
+    [("zed", " likes")],
+    [("ana runs", " zed by dan .")],
+    [("bo likes", " rain milk"), ("the spouse of dan is", " eve")],
+]
+"""Of each edit, of targets of one token to four; the last one has two texts."""
+
+EDITS = tuple(
+    dataclasses.replace(mini_lab.edit(), prompt=prompt, target_new=target, also=tuple(also))
+    for (prompt, target), *also in PAIRS
+)
 
 
-def passes(loss="cross_entropy", edits_a_step=2, targets=TARGETS, **options):
-    batches = [encode_targets(mini_lab.tokenizer(), [pair]) for pair in targets]
-    return Passes(batches, parse(loss).build("ft-m"), None, edits_a_step=edits_a_step, **{"seed": 0, **options})
+def tokenizer():
+    """With a BOS, which begins a text and which no anchor stands on."""
+    words = mini_lab.tokenizer()
+    words.bos_token = "the"
+    return words
+
+
+def rounds(loss="cross_entropy", edits_a_step=2, edits=EDITS, **options):
+    built = parse(loss).build("ft-m")
+    return Rounds(tokenizer(), edits, built, edits_a_step=edits_a_step, **{"seed": 0, **options})
 
 
 @pytest.mark.parametrize("edits_a_step", [1, 2, 3, 4, 9])
-def test_a_pass_gives_each_edit_one_turn(edits_a_step):
-    found = passes(edits_a_step=edits_a_step)
-    assert found.steps_a_pass == -(-len(TARGETS) // edits_a_step)
+def test_a_round_gives_each_edit_one_turn_with_all_of_its_texts(edits_a_step):
+    found = rounds(edits_a_step=edits_a_step)
+    assert found.steps_a_round == -(-len(EDITS) // edits_a_step)
     for number in range(3):
-        turns = [found.rows(number * found.steps_a_pass + place) for place in range(found.steps_a_pass)]
-        assert sorted(row for turn in turns for row in turn) == list(range(len(TARGETS)))
-        assert all(len(turn) <= edits_a_step for turn in turns)
+        turns = [found.rows(number * found.steps_a_round + place) for place in range(found.steps_a_round)]
+        assert sorted(row for turn in turns for row in turn) == list(range(5))
+        assert all((3 in turn) == (4 in turn) and len(turn) - (4 in turn) <= edits_a_step for turn in turns)
 
 
-def test_passes_are_shuffled_anew_by_the_seed():
-    first, second = (
-        [found.rows(step) for step in range(40)] for found in (passes(edits_a_step=1), passes(edits_a_step=1))
-    )
-    assert first == second
-    assert len({tuple(map(tuple, first[start : start + 4])) for start in range(0, 40, 4)}) > 3
-    assert first != [passes(edits_a_step=1, seed=7).rows(step) for step in range(40)]
+def test_rounds_are_shuffled_anew_by_the_seed():
+    orders = [[rounds(edits_a_step=1, seed=seed).rows(step) for step in range(40)] for seed in (0, 0, 7)]
+    assert orders[0] == orders[1] != orders[2]
+    assert len({tuple(map(tuple, orders[0][start : start + 4])) for start in range(0, 40, 4)}) > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"edits": ()}, "edits is empty"), ({"edits_a_step": 0}, "edits_a_step must be at least 1, got 0")],
+)
+def test_names_what_is_wrong(options, message):
+    with pytest.raises(ValueError, match=message):
+        rounds(**options)
+
+
+def losses_of(model, edit, reference):
+    """The mean cross-entropy of an edit's target tokens, and the mean KL of its prompts' tokens to the reference."""
+    entropies, distances = [], []
+    for number, pair in enumerate(PAIRS[edit]):
+        batch = encode_targets(tokenizer(), [pair])
+        logits = model(input_ids=batch.input_ids).logits[0]
+        is_target = batch.labels[0, 1:] != -100
+        entropies.append(F.cross_entropy(logits[:-1][is_target], batch.labels[0, 1:][is_target], reduction="none"))
+        before = reference.setdefault((edit, number), logits.detach().log_softmax(1))
+        is_kept = ~is_target & (batch.input_ids[0, :-1] != tokenizer().bos_token_id)
+        kl = (before.exp() * (before - logits.log_softmax(1))).sum(1)
+        distances.append(kl[:-1][is_kept].clamp(min=0.05))
+    return torch.cat(entropies).mean(), torch.cat(distances).mean()
+
+
+def written_out(loss, anchor, threshold, order, model, parameters, limit):
+    """LocFT's loop, as it is published, but that a threshold holds an edit where LocFT's holds a step."""
+    steps, reference = [0] * len(EDITS), {}
+    optimizer = torch.optim.Adam(parameters, lr=0.02)
+    for number in range(limit):
+        has_moved = False
+        for place in range(order.steps_a_round):
+            optimizer.zero_grad()
+            rows = order.rows(number * order.steps_a_round + place)
+            chosen = [edit for edit in range(len(EDITS)) if edit in rows]
+            total = torch.zeros((), dtype=torch.double)
+            for edit in chosen:
+                entropy, kept = losses_of(model, edit, reference)
+                if entropy > threshold:
+                    total = total + (entropy + anchor * kept) / len(chosen)
+                    steps[edit] += 1
+            if total.requires_grad:
+                total.backward()
+                optimizer.step()
+                has_moved = True
+        if not has_moved:
+            return steps, "held"
+    return steps, "steps"
+
+
+@pytest.mark.parametrize(
+    ("loss", "anchor", "threshold", "edits_a_step", "limit"),
+    [
+        ("cross_entropy", 0, 0, 1, 3),
+        ("cross_entropy:hold=2.0", 0, 2, 1, 40),
+        ("cross_entropy:hold=2.0", 0, 2, 3, 40),
+        ("cross_entropy:anchor=2", 2, 0, 3, 4),
+    ],
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_is_adam_on_the_mean_of_the_edits_of_a_step(loss, anchor, threshold, edits_a_step, limit, number):
+    """The same from both ways to make a row, also of a row that is not the first."""
+    model = mini_lab.random_model().double()
+    workplace = Workplace(model, tokenizer())
+    settings = METHODS["ft-m"].changed({"lr": 0.02, "steps": limit, "breadth_first": edits_a_step})
+    task = SequenceTask("short", 0, "ft-m", settings, parse(loss).name, number, EDITS, ())
+    made = [task.perform(workplace), *next(iter(together([task], 4))).perform(workplace)]
+    order = rounds(loss, edits_a_step, seed=number * len(EDITS))
+    with METHODS["ft-m"].open(model, settings, 0) as parameters:
+        steps, ended = written_out(loss, anchor, threshold, order, model, parameters, limit)
+        batch = encode_targets(tokenizer(), PAIRS[0])
+        with torch.no_grad():
+            logits = model(input_ids=batch.input_ids).logits[0, :-1][-2:]
+        p_new = logits.softmax(1).gather(1, batch.labels[0, -2:, None]).prod().item()
+    assert ended == ("held" if threshold else "steps")
+    for records in made:
+        assert [record.steps for record in records] == steps
+        assert {record.ended for record in records} == {ended}
+        assert len({record.seconds for record in records}) == 1
+        assert records[0].scores.p_new == pytest.approx(p_new)
 
 
 def scripted(moves):
@@ -65,66 +162,27 @@ def fit_alone(moves, **options):
 def fit_in_a_batch(moves, *, steps, **options):
     model, loss = mini_lab.random_model(), scripted(moves)
     opened = METHODS["ft-m"].open_many(model, METHODS["ft-m"].settings)
-    texts = tuple(target_texts(encode_targets(mini_lab.tokenizer(), TARGETS[:1])))
+    texts = tuple(target_texts(encode_targets(mini_lab.tokenizer(), PAIRS[0])))
     job = Job(texts, lambda logits, _: loss(logits), opened.start(0), **options)
     (fitted,) = fit_many(model, opened, [job], steps=steps, lr=1e-3)
     return fitted.steps, len(fitted.losses), fitted.ended
 
 
-@pytest.mark.parametrize(("threshold", "edits_a_step", "limit"), [(0.0, 1, 4), (2.0, 1, 30), (2.0, 3, 30)])
-def test_is_adam_on_the_mean_of_the_edits_of_a_step_without_those_below_the_threshold(threshold, edits_a_step, limit):
-    """LocFT's loop, as it is published, but that a threshold holds an edit where LocFT's holds a batch."""
-    loss = f"cross_entropy:hold={threshold}" if threshold else "cross_entropy"
-    edits = tuple(dataclasses.replace(mini_lab.edit(), prompt=prompt, target_new=target) for prompt, target in TARGETS)
-    settings = METHODS["ft-m"].changed({"lr": 0.02, "steps": limit, "breadth_first": edits_a_step})
-    model = mini_lab.random_model().double()
-    task = SequenceTask("short", 0, "ft-m", settings, loss, 0, edits, ())
-    workplace = Workplace(model, mini_lab.tokenizer())
-    records = task.perform(workplace)
-    (in_a_batch,) = next(iter(together([task], 4))).perform(workplace)
-
-    order = passes(loss, edits_a_step)
-    steps, ended = [0] * len(edits), "steps"
-    with METHODS["ft-m"].open(model, settings, 0) as parameters:
-        optimizer = torch.optim.Adam(parameters, lr=0.02)
-        for number in range(limit):
-            has_moved = False
-            for place in range(order.steps_a_pass):
-                optimizer.zero_grad()
-                chosen = order.rows(number * order.steps_a_pass + place)
-                total = torch.zeros((), dtype=torch.double)
-                for edit in chosen:
-                    batch = encode_targets(mini_lab.tokenizer(), [TARGETS[edit]])
-                    logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1)
-                    mean = F.cross_entropy(logits, batch.labels[:, 1:].flatten())
-                    if mean > threshold:
-                        total = total + mean / len(chosen)
-                        steps[edit] += 1
-                if total.requires_grad:
-                    total.backward()
-                    optimizer.step()
-                    has_moved = True
-            if not has_moved:
-                ended = "held"
-                break
-        batch = encode_targets(mini_lab.tokenizer(), [TARGETS[0]])
-        with torch.no_grad():
-            p_new = (
-                model(input_ids=batch.input_ids).logits[0, :-1].softmax(1)[-2:].gather(1, batch.labels[0, -2:, None])
-            )
-    assert ended == ("held" if threshold else "steps")
-    for made in (records, in_a_batch):
-        assert [record.steps for record in made] == steps
-        assert {record.ended for record in made} == {ended}
-        assert made[0].scores.p_new == pytest.approx(p_new.prod().item())
-
-
 @pytest.mark.parametrize("fits", [fit_alone, fit_in_a_batch])
-def test_ends_held_after_a_pass_without_a_step_and_not_after_as_many_steps_across_two(fits):
+def test_ends_held_after_a_round_without_a_step_and_not_after_as_many_steps_across_two(fits):
     moves = [True, False, False, True, False, False, True]
-    assert fits(moves, steps_a_pass=2, steps=9) == (2, 6, "held")
-    assert fits(moves, steps_a_pass=2, steps=2) == (2, 4, "steps")
-    assert fits(moves, steps_a_pass=1, steps=9) == (1, 2, "held")
+    assert fits(moves, steps_a_round=2, steps=9) == (2, 6, "held")
+    assert fits(moves, steps_a_round=2, steps=2) == (2, 4, "steps")
+    assert fits(moves, steps_a_round=1, steps=9) == (1, 2, "held")
+    with pytest.raises(ValueError, match="steps_a_round must be at least 1, got 0"):
+        fits(moves, steps_a_round=0, steps=9)
+
+
+def test_a_finished_row_need_not_wait_for_more_than_share_its_pass():
+    settings = METHODS["ft-m"].changed({"breadth_first": 4})
+    tasks = [SequenceTask("short", 0, "ft-m", settings, "cross_entropy", number, EDITS, ()) for number in range(6)]
+    assert [len(group.tasks) for group in together(tasks, 8)] == [2, 2, 2]
+    assert [(len(group.tasks), group.at_once) for group in together(tasks, 2)] == [(1, 1)] * 6
 
 
 @pytest.mark.parametrize("at_once", [1, 4])
@@ -145,3 +203,8 @@ def test_a_method_of_easyedits_is_refused(monkeypatch):
         ValueError, match=r"breadth_first is for the lab's own methods \(lora, ft-m\), got rome beside it"
     ):
         plan.make_plan(grid)
+
+
+def test_is_an_option_of_the_bench():
+    assert cli._chosen(cli.parse_arguments(["bench", "--breadth-first", "10"]))["changes"] == {"breadth_first": 10}
+    assert cli._chosen(cli.parse_arguments(["bench"]))["changes"] == {}

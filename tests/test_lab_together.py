@@ -68,7 +68,7 @@ def by_key(sequences):
     return {records[0].key: records for records in sequences}
 
 
-@pytest.mark.parametrize(("length", "breadth_first"), [(1, None), (2, None), (4, 1), (4, 3)])
+@pytest.mark.parametrize(("length", "breadth_first"), [(1, None), (2, None), (2, 1), (4, 3)])
 @pytest.mark.parametrize("method", ["lora", "ft-m"])
 def test_records_are_those_of_the_edits_made_one_by_one(workplace, method, length, breadth_first, monkeypatch):
     # One by one the lab also generates, which takes a third of the time and is not compared.
@@ -76,12 +76,12 @@ def test_records_are_those_of_the_edits_made_one_by_one(workplace, method, lengt
         monkeypatch.setattr(module, "complete", lambda model, tokenizer, prompts, limit: [""] * len(prompts))
     losses = LOSSES if length == 1 else [*LOSSES[1:6:2], LOSSES[-1]]
     tasks = grid(method, length, losses, breadth_first=breadth_first)
-    shared = by_key(records for task in together(tasks, at_once=3) for records in task.perform(workplace))
+    shared = by_key(records for task in together(tasks, at_once=2) for records in task.perform(workplace))
     # Losses of the same edits follow each other: what the unedited model says is kept for the next one.
     alone = by_key(task.perform(workplace) for task in sorted(tasks, key=lambda task: task.sequence))
     assert shared.keys() == alone.keys()
     ended = {record.ended for records in shared.values() for record in records}
-    assert ended == ({"steps", "held"} if breadth_first is None else {"steps"})
+    assert ended == ({"steps"} if breadth_first and method == "ft-m" else {"steps", "held"})
     for key, records in shared.items():
         for made, expected in zip(records, alone[key], strict=True):
             assert (made.steps, made.ended, made.index) == (expected.steps, expected.ended, expected.index), key

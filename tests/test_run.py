@@ -188,7 +188,11 @@ class TestGrid:
             ({"held_out_texts": -1}, "held_out_texts must be at least 0, got -1"),
             ({"losses": ("overtone:lam=2",)}, "lam must be"),
             ({"methods": ("rosa",)}, "unknown method 'rosa'"),
-            ({"changes": {"breadth_first": 0}}, "breadth_first must be at least 1 edit a step, got 0"),
+            (
+                {"changes": {"breadth_first": 0}},
+                "breadth_first must be a whole number of edits a step, at least 1, got 0",
+            ),
+            ({"changes": {"breadth_first": 2.5}}, "breadth_first must be a whole number .* got 2.5"),
             ({"changes": {"breadth_first": 5}, "lengths": (1,)}, "breadth_first is 5, but lengths has single edits"),
         ],
     )

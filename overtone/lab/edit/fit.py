@@ -20,8 +20,8 @@ class FitTrace:
     Attributes:
         losses: the loss before each update, and those of the steps that were held.
         steps: optimiser steps taken, without those that were held.
-        ended: "steps" (all were taken), "held" (the loss asked for no further change) or "stopped" (by a rule of the
-            method's own).
+        ended: "steps" (the limit was reached), "held" (the loss asked for no further change) or "stopped" (by a rule of
+            the method's own).
         seconds: wall-clock time.
     """
 
@@ -38,46 +38,49 @@ def fit(
     steps: int,
     lr: float,
     observe: Callable[[int], None] | None = None,
-    steps_a_pass: int = 1,
+    steps_a_round: int = 1,
 ) -> FitTrace:
     """Minimise a loss with Adam.
 
     Args:
         parameters: the weights to move, as an editing method opens them.
         loss_of: the loss with the weights as they are, a scalar; a held one leaves every gradient None.
-        steps: at most; of a loss that looks at its texts in turn, passes over all of them.
+        steps: at most; of a loss that looks at its texts in turn, rounds over all of them.
         lr: Adam's learning rate.
         observe: called with the number of steps taken so far, before every step.
-        steps_a_pass: after how many calls `loss_of` has looked at all of its texts. The fit ends held after a pass of
+        steps_a_round: after how many calls `loss_of` has looked at all of its texts. The fit ends held after a round of
             which every step was.
 
     Raises:
         RuntimeError: the loss is NaN or infinite.
+        ValueError: steps_a_round is less than 1.
     """
+    if steps_a_round < 1:
+        raise ValueError(f"steps_a_round must be at least 1, got {steps_a_round}")
     start = time.perf_counter()
     optimizer = torch.optim.Adam(parameters, lr=lr)
     losses: list[float] = []
-    taken = taken_before_pass = 0
+    taken = taken_before_round = 0
     ended = "steps"
-    for step in range(steps * steps_a_pass):
+    for step in range(steps * steps_a_round):
         if observe is not None:
-            observe(step)
+            observe(taken)
         optimizer.zero_grad()
         loss = loss_of()
         losses.append(loss.item())
         if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss is {losses[-1]} after {step} steps with lr={lr}: lower lr")
+            raise RuntimeError(f"the loss is {losses[-1]} after {taken} steps with lr={lr}: lower lr")
         loss.backward()
         if any(parameter.grad is not None for parameter in parameters):
             optimizer.step()
             taken += 1
-        if (step + 1) % steps_a_pass == 0:
-            if taken == taken_before_pass:
+        if (step + 1) % steps_a_round == 0:
+            if taken == taken_before_round:
                 # No gradient, so Adam would leave every weight where it is; the next forward passes would be these
                 # again, with the same answer. Nothing can change any more.
                 ended = "held"
                 break
-            taken_before_pass = taken
+            taken_before_round = taken
     optimizer.zero_grad()
     return FitTrace(tuple(losses), taken, ended, time.perf_counter() - start)
 

@@ -52,7 +52,7 @@ class OpenedWeights(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """One edit to fit.
+    """One edit to fit, or a row of edits that are fitted together.
 
     Attributes:
         texts: that the edit is fitted on.
@@ -62,8 +62,8 @@ class Job:
         until: end once the weights are kept under all of these names; none: run all steps.
         rows: from the number of steps before it to the places in `texts` of those that take part in a step; None: all
             of them in every step.
-        steps_a_pass: after how many steps all texts have had their turn. The limit of steps counts passes, and the edit
-            ends held after a pass whose steps all were.
+        steps_a_round: after how many steps all texts have had their turn. The limit of steps counts such rounds, and
+            the edit ends held after one whose steps all were.
     """
 
     texts: tuple[Text, ...]
@@ -72,7 +72,7 @@ class Job:
     watch: Watch | None = None
     until: frozenset[str] = frozenset()
     rows: Callable[[int], Sequence[int]] | None = None
-    steps_a_pass: int = 1
+    steps_a_round: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class FittedEdit:
-    """How one edit went.
+    """How one job went.
 
     Attributes:
         weights: (W,), at the end.
@@ -143,15 +143,17 @@ def fit_many(
         model: the unedited model, in evaluation mode.
         opened: the weights to move.
         jobs: the edits.
-        steps: of an edit at most; of a job in passes, how many passes.
+        steps: of an edit at most; of a job in rounds, how many rounds.
         lr: Adam's learning rate.
         at_once: how many edits share a pass.
 
     Raises:
         RuntimeError: a loss is NaN or infinite.
-        ValueError: steps or at_once is less than 1, or a job's rows name none of its texts for a step.
+        ValueError: steps, at_once or a job's steps_a_round is less than 1, or a job's rows name none of its texts for a
+            step.
     """
-    for name, value in (("steps", steps), ("at_once", at_once)):
+    rounds = [("steps_a_round", job.steps_a_round) for job in jobs]
+    for name, value in (("steps", steps), ("at_once", at_once), *rounds):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     with frozen(model):
@@ -190,10 +192,10 @@ class _Running:
         self.seconds = 0.0
         self.ended: str | None = None
         self.weights = job.start.detach().clone().requires_grad_()
-        self._limit = steps * job.steps_a_pass
+        self._limit = steps * job.steps_a_round
         self._lr = lr
         self._taken = 0
-        self._taken_before_pass = 0
+        self._taken_before_round = 0
         self._losses: list[float] = []
         self._snapshots: dict[str, Snapshot] = {}
         self._optimizer = torch.optim.Adam([self.weights], lr=lr)
@@ -236,12 +238,12 @@ class _Running:
             return None
         loss.backward()
         self._taken += leaf.grad is not None
-        if len(self._losses) % self.job.steps_a_pass == 0:
-            if self._taken == self._taken_before_pass:
+        if len(self._losses) % self.job.steps_a_round == 0:
+            if self._taken == self._taken_before_round:
                 self.ended = "held"
             elif len(self._losses) == self._limit:
                 self.ended = "steps"
-            self._taken_before_pass = self._taken
+            self._taken_before_round = self._taken
         return None if leaf.grad is None else leaf.grad.to(logits.dtype)
 
     def update(self) -> None:

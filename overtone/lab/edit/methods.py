@@ -26,7 +26,7 @@ class MethodSettings:
         rank: of LoRA's adapters.
         alpha: LoRA's output is scaled by alpha / rank.
         target_modules: the modules that get an adapter of LoRA's.
-        breadth_first: train a sequence's edits in passes over all of them, so many a step
+        breadth_first: train a sequence's edits in rounds over all of them, so many a step
             (`overtone.lab.edit.breadth_first`); None: each to its end before the next.
     """
 

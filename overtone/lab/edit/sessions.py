@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from overtone.lab.data.edit import Edit
 from overtone.lab.edit.anchored import AnchoredTexts
-from overtone.lab.edit.breadth_first import Passes
+from overtone.lab.edit.breadth_first import Rounds
 from overtone.lab.edit.easyedit import process
 from overtone.lab.edit.easyedit.algorithms import ALGORITHMS, easyedit_cannot_minimise, require_easyedit
 from overtone.lab.edit.easyedit.session import open_easyedit_session
@@ -45,7 +45,7 @@ class Session(Protocol):
 
 
 class WeightSession:
-    """A few opened weights that every edit moves, with a new optimiser each."""
+    """A few opened weights that every edit moves, with a new optimiser each, or all of a row with one."""
 
     def __init__(
         self, workplace: Workplace, method: EditingMethod, settings: MethodSettings, parameters: list[nn.Parameter]
@@ -67,8 +67,8 @@ class WeightSession:
             observe=observe,
         )
 
-    def apply_in_passes(self, edits: Sequence[Edit], loss: LossSpec, *, edits_a_step: int, seed: int) -> list[FitTrace]:
-        """Fit several edits with one optimiser, in passes over all of them.
+    def apply_in_rounds(self, edits: Sequence[Edit], loss: LossSpec, *, edits_a_step: int, seed: int) -> list[FitTrace]:
+        """Fit several edits with one optimiser, in rounds over all of them.
 
         Args:
             edits: what to make true.
@@ -82,28 +82,28 @@ class WeightSession:
         Raises:
             RuntimeError: the loss is NaN or infinite.
         """
-        batches = [encode_targets(self._tokenizer, edit.pairs, self.model.device) for edit in edits]
-        passes = Passes(
-            batches,
+        rounds = Rounds(
+            self._tokenizer,
+            edits,
             loss.build(self._method.name),
-            self._tokenizer.bos_token_id,
             edits_a_step=edits_a_step,
             seed=seed,
+            device=self.model.device,
         )
-        steps = count()
+        place = count()
 
         def loss_of() -> Tensor:
-            rows = passes.rows(next(steps))
-            return passes.mean(logits_at(self.model, [passes.texts[row] for row in rows]), rows)
+            rows = rounds.rows(next(place))
+            return rounds.mean(logits_at(self.model, [rounds.texts[row] for row in rows]), rows)
 
         trace = fit(
             self._parameters,
             loss_of,
             steps=self._settings.steps,
             lr=self._settings.lr,
-            steps_a_pass=passes.steps_a_pass,
+            steps_a_round=rounds.steps_a_round,
         )
-        return [replace(trace, steps=steps, seconds=trace.seconds / len(edits)) for steps in passes.steps]
+        return [replace(trace, steps=steps, seconds=trace.seconds / len(edits)) for steps in rounds.steps]
 
     def _loss_of(self, edit: Edit, loss: EditLoss) -> Callable[[], Tensor]:
         batch = encode_targets(self._tokenizer, edit.pairs, self.model.device)

@@ -15,7 +15,7 @@ _BINS = 10
 def forgetting_table(edits: pd.DataFrame) -> pd.DataFrame:
     """A row for each bin of ages, over the longest sequences of each data and method.
 
-    Failed edits are left out, and those of passes over a whole sequence, of which none was made before another.
+    Failed edits are left out, and those of rounds over a whole sequence, of which none was made before another.
     """
     rows: list[dict[str, Any]] = []
     edits = edits[edits["breadth_first"].isna()]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from overtone.lab.data.corpora import CORPORA, open_corpus
 from overtone.lab.data.corpus import Corpus
@@ -124,9 +125,9 @@ def _check(settings: RunSettings) -> None:
         _check_breadth_first(settings, edits_a_step)
 
 
-def _check_breadth_first(settings: RunSettings, edits_a_step: int) -> None:
-    if edits_a_step < 1:
-        raise ValueError(f"breadth_first must be at least 1 edit a step, got {edits_a_step}")
+def _check_breadth_first(settings: RunSettings, edits_a_step: Any) -> None:
+    if type(edits_a_step) is not int or edits_a_step < 1:
+        raise ValueError(f"breadth_first must be a whole number of edits a step, at least 1, got {edits_a_step!r}")
     if max(settings.lengths) == 1:
         raise ValueError(
             f"breadth_first is {edits_a_step}, but lengths has single edits alone: ask for longer sequences, or leave "
@@ -186,7 +187,7 @@ def _settings(settings: RunSettings, method: str, length: int) -> list[MethodSet
         return [None]
     rates = [{"lr": lr} for lr in settings.lrs] or [{}]
     is_large = settings.model is not None
-    # Passes over a single edit are its steps.
+    # Rounds over a single edit are its steps.
     changes = {name: value for name, value in settings.changes.items() if length > 1 or name != "breadth_first"}
     return [METHODS[method].changed({**changes, **rate}, is_large=is_large) for rate in rates]
 

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SequenceTask:
-    """Edits to make one after the other and to score after the last; a single edit is a sequence of one.
+    """Edits to make in a row and to score after the last; a single edit is a sequence of one.
 
     Attributes:
         data: name of the corpus.
@@ -136,7 +136,7 @@ class SequenceTask:
         if edits_a_step is None:
             return [session.apply(edit, loss, observe) for edit in self.edits]
         assert isinstance(session, WeightSession)
-        return session.apply_in_passes(self.edits, loss, edits_a_step=edits_a_step, seed=self.first_index)
+        return session.apply_in_rounds(self.edits, loss, edits_a_step=edits_a_step, seed=self.first_index)
 
     def failed(self, error: Exception) -> list[EditRecord]:
         """The records that say why no edit of the sequence counts."""

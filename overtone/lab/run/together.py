@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from overtone.lab.data.edit import Edit
-from overtone.lab.edit.breadth_first import Passes
+from overtone.lab.edit.breadth_first import Rounds
 from overtone.lab.edit.families import Family, families
 from overtone.lab.edit.many import FittedEdit, OpenedWeights, Snapshot, fit_many
 from overtone.lab.edit.methods import METHODS, MethodSettings
@@ -41,7 +41,7 @@ class TogetherTask:
     Attributes:
         runs: tasks of the lab's own methods, untraced, alike in all but their edits and losses. Those of a run differ
             in nothing but the moment at which their loss holds.
-        at_once: how many edits share a pass.
+        at_once: how many runs share a pass.
         generates: let the edited models say what they answer.
     """
 
@@ -81,9 +81,9 @@ class TogetherTask:
         made: dict[SequenceKey, list[_Made]] = {task.key: [] for task in self.tasks}
         weights: dict[SequenceKey, Tensor] = {}
         if first.settings.breadth_first is not None:
-            for task, passes, fitted in self._fit_in_passes(workplace, opened, first.settings.breadth_first):
-                share = fitted.seconds / len(passes.steps)
-                made[task.key] = [(steps, fitted.ended, share) for steps in passes.steps]
+            for task, rounds, fitted in self._fit_in_rounds(workplace, opened, first.settings.breadth_first):
+                share = fitted.seconds / len(rounds.steps)
+                made[task.key] = [(steps, fitted.ended, share) for steps in rounds.steps]
                 weights[task.key] = fitted.weights
         else:
             for position in range(first.length):
@@ -131,27 +131,25 @@ class TogetherTask:
                 snapshot, ended = ends[task.loss]
                 yield task, snapshot, ended, _seconds(edit, snapshot)
 
-    def _fit_in_passes(
+    def _fit_in_rounds(
         self, workplace: Workplace, opened: OpenedWeights, edits_a_step: int
-    ) -> Iterator[tuple[SequenceTask, Passes, FittedEdit]]:
+    ) -> Iterator[tuple[SequenceTask, Rounds, FittedEdit]]:
         """Make all edits of each sequence together."""
         settings = self.tasks[0].settings
         assert settings is not None
-        tokenizer, device = workplace.tokenizer, workplace.model.device
-        of_tasks, jobs = [], []
-        for task in self.tasks:
-            passes = Passes(
-                [encode_targets(tokenizer, edit.pairs, device) for edit in task.edits],
+        of_tasks = [
+            Rounds(
+                workplace.tokenizer,
+                task.edits,
                 parse(task.loss).build(task.method),
-                tokenizer.bos_token_id,
                 edits_a_step=edits_a_step,
                 seed=task.first_index,
+                device=workplace.model.device,
             )
-            jobs.append(passes.job(_start(opened, task)))
-            of_tasks.append(passes)
-        # The edits of a step share its pass as much as the sequences do.
-        at_once = max(1, self.at_once // min(edits_a_step, self.tasks[0].length))
-        made = fit_many(workplace.model, opened, jobs, steps=settings.steps, lr=settings.lr, at_once=at_once)
+            for task in self.tasks
+        ]
+        jobs = [rounds.job(_start(opened, task)) for rounds, task in zip(of_tasks, self.tasks, strict=True)]
+        made = fit_many(workplace.model, opened, jobs, steps=settings.steps, lr=settings.lr, at_once=self.at_once)
         yield from zip(self.tasks, of_tasks, made, strict=True)
 
     def _score(
@@ -173,11 +171,18 @@ def together(tasks: Iterable[SequenceTask], at_once: int, *, generates: bool = F
         # After a row's first edit the losses have different weights, so no run is shared.
         block = task.sequence // at_once if task.length == 1 else None
         alike[task.data, task.seed, task.method, task.settings, task.length, block].append(task)
-    return [
-        TogetherTask(runs, at_once, generates)
-        for own in alike.values()
-        for runs in (_single_edits(own) if own[0].length == 1 else _rows(own, at_once))
-    ]
+    found = []
+    for own in alike.values():
+        sharing = _sharing(own[0], at_once)
+        blocks = _single_edits(own) if own[0].length == 1 else _rows(own, sharing)
+        found += [TogetherTask(runs, sharing, generates) for runs in blocks]
+    return found
+
+
+def _sharing(task: SequenceTask, at_once: int) -> int:
+    """How many runs like this one share a pass: in rounds the edits of a step share it already."""
+    edits_a_step = None if task.settings is None else task.settings.breadth_first
+    return at_once if edits_a_step is None else max(1, at_once // min(edits_a_step, task.length))
 
 
 def _start(opened: OpenedWeights, task: SequenceTask) -> Tensor:
