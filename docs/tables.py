@@ -184,8 +184,14 @@ def gemma_held() -> pd.DataFrame:
         f"{data_title(row.data)}, {METHODS[row.method]}, {row.lr:g}, T={row['T']} ({row.edits} edits)"
         for _, row in cells.iterrows()
     ]
-    shown_losses = {title_of(loss): cells[loss].map(number).tolist() for loss in losses}
     gains = [difference(row) for _, row in cells.iterrows()]
+    # A loss that some cells lack has no mean over all.
+    means = cells.groupby("method", sort=False)[losses].agg(lambda own: own.mean(skipna=False))
+    for method, row in means.iterrows():
+        names.append(f"{METHODS[str(method)]}, all {(cells.method == method).sum()}")
+        gains.append("")
+        cells = pd.concat([cells, row.to_frame().T])
+    shown_losses = {title_of(loss): cells[loss].map(number).tolist() for loss in losses}
     return columns(
         {"data, method, lr, edits in a row": names} | shown_losses | {"recommended minus a threshold": gains}
     )
@@ -193,27 +199,61 @@ def gemma_held() -> pd.DataFrame:
 
 @table
 def gemma_breadth() -> pd.DataFrame:
-    """Rows of ten on a real model, each edit to its end or in passes over all of them."""
+    """Rows of ten on a real model, each edit to its end or in rounds over all of them."""
     held = read_edits("real/gemma-3-270m-held").query("T == 10")
-    orders = {"each to its end": held, "in passes": read_edits("real/gemma-3-270m-breadth")}
+    orders = {"each to its end": held, "in rounds": read_edits("real/gemma-3-270m-breadth")}
+    reliability = {
+        order: edits.query("loss == 'overtone_recommended'").groupby(["data", "method", "lr"]).rel.mean()
+        for order, edits in orders.items()
+    }
     cell, edit = ["data", "method", "lr"], ["sequence", "position"]
     wide_edits = {
         order: edits.pivot(index=[*cell, *edit], columns="loss", values="average") for order, edits in orders.items()
     }
     found = []
-    for key, passes in wide_edits["in passes"].groupby(level=cell, sort=False):
+    for key, rounds in wide_edits["in rounds"].groupby(level=cell, sort=False):
         data, method, lr = key
         for order, edits in wide_edits.items():
             own = edits.loc[key]
             gain = bootstrap_difference(
-                (own["overtone_recommended"] - passes.loc[key]["cross_entropy:hold=0.01"]).to_numpy()[:, None],
+                (own["overtone_recommended"] - rounds.loc[key]["cross_entropy:hold=0.01"]).to_numpy()[:, None],
                 own.index.get_level_values("sequence"),
             )
-            means = {title_of(loss): [number(own[loss].mean())] for loss in passes}
+            means = {title_of(loss): [number(own[loss].mean())] for loss in rounds}
             row = {"difference": gain.mean, "difference low": gain.low, "difference high": gain.high}
             last = difference(pd.Series(row | {"clear": bool(gain.excludes_zero)}))
             place = {"data, method, lr": [f"{data_title(data)}, {METHODS[method]}, {lr:g}"], "order": [order]}
-            found.append(columns(place | means | {"recommended minus LocFT's": [last]}))
+            rel = {"Rel, recommended": [number(reliability[order][key])]}
+            found.append(columns(place | means | rel | {"recommended minus LocFT's": [last]}))
+    return pd.concat(found)
+
+
+@table
+def anchor_search() -> pd.DataFrame:
+    """Anchors on several groups of texts, over the edits that every row of a data set has, and minus its best stop."""
+    edits = read_edits("real/gemma-3-270m-anchor-search").fillna({"groups": ""})
+    found = []
+    for data, own in edits.groupby("data", sort=False):
+        wide_edits = own.pivot(index="edit", columns=["loss", "groups"], values="average").dropna()
+        shared = own[own.edit.isin(wide_edits.index)]
+        means = shared.groupby(["loss", "groups"], sort=False)[[*MEASURES, "kl", "steps"]].mean()
+        stops = [key for key in means.index if not key[1]]
+        best = max(stops, key=lambda key: means.average[key])
+        for (loss, groups), row in means.iterrows():
+            gain = bootstrap_difference(
+                (wide_edits[loss, groups] - wide_edits[best]).to_numpy()[:, None], wide_edits.index
+            )
+            values = {"difference": gain.mean, "difference low": gain.low, "difference high": gain.high}
+            last = difference(pd.Series(values | {"clear": bool(gain.excludes_zero)}))
+            titles = {"data": [data_title(data)], "loss": [title_of(loss)], "stands on": [groups.replace("+", ", ")]}
+            measures = {title: [number(row[name])] for name, title in MEASURES.items()}
+            others = {
+                "KL on locality": [number(row.kl, 2)],
+                "steps": [number(row.steps)],
+                "edits": [str(len(wide_edits))],
+            }
+            is_best = (loss, groups) == best
+            found.append(columns(titles | measures | others | {"minus the best stop": ["" if is_best else last]}))
     return pd.concat(found)
 
 

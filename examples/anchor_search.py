@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from overtone.anchor import Anchors
 from overtone.lab.data.corpora import open_corpus
 from overtone.lab.data.edit import Edit
 from overtone.lab.edit.families import Family
-from overtone.lab.edit.many import Job, Snapshot, fit_many, target_texts
-from overtone.lab.edit.methods import METHODS
+from overtone.lab.edit.many import Job, OpenedWeights, Snapshot, fit_many, target_texts
+from overtone.lab.edit.methods import METHODS, MethodSettings
 from overtone.lab.model.completion import complete
 from overtone.lab.model.positions import Text, logits_at
 from overtone.lab.model.targets import encode_targets
@@ -117,16 +118,44 @@ def anchored_job(
     anchors = [Anchors.record(before, at) for at in kept]
 
     def objective(logits: Tensor, _: Sequence[int]) -> Tensor:
-        if not anchors:
-            return built.mean(logits[is_target], labels)
         logits, moved = built.anchored(logits, anchors)
         return built.mean(logits[is_target], labels, anchored=moved)
 
     return Job(texts, objective, start)
 
 
-def main() -> None:
-    """Make the edits that are not in the file yet."""
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be made of one edit.
+
+    Attributes:
+        edit: its place in the list.
+        losses: that are not in the file yet.
+        groups: what an anchor stands on; empty for early stops.
+    """
+
+    edit: int
+    losses: tuple[str, ...]
+    groups: tuple[str, ...]
+
+
+def ends_of(
+    workplace: Workplace, opened: OpenedWeights, settings: MethodSettings, writer: Writer, edit: Edit, wanted: Wanted
+) -> dict[str, Snapshot]:
+    """The weights with which one edit ends, for each loss."""
+    start = opened.start(wanted.edit)
+    if wanted.groups:
+        jobs = [anchored_job(workplace, writer, edit, start, loss, wanted.groups) for loss in wanted.losses]
+        made = fit_many(workplace.model, opened, jobs, steps=settings.steps, lr=settings.lr, at_once=1)
+        return {loss: Snapshot(own.weights, own.steps) for loss, own in zip(wanted.losses, made, strict=True)}
+    family = Family(map(parse, wanted.losses), "lora")
+    job = family.job(encode_targets(workplace.tokenizer, edit.pairs), start, workplace.tokenizer.bos_token_id)
+    (fitted,) = fit_many(workplace.model, opened, [job], steps=settings.steps, lr=settings.lr)
+    return {loss: snapshot for loss, (snapshot, _) in family.results(fitted).items()}
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line, with groups in the order of `GROUPS` and losses that fit to them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, choices=("zsre", "counterfact"))
@@ -136,54 +165,56 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--count", type=int, default=4, help="names, and continuations of the subject, of each edit")
-    parser.add_argument(
-        "--losses", nargs="+", default=["overtone:anchor=1"], help="without an anchor for prefixes alone"
-    )
-    parser.add_argument("--groups", help="by commas, what the anchors stand on; none: the early stops of cross-entropy")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--losses", nargs="+", default=["overtone:anchor=1"], help="with --groups: anchored ones")
+    parser.add_argument("--groups", help="by commas, prompt among them; none: the early stops of cross-entropy")
+    parser.add_argument("--out", type=Path, required=True, help="of one --steps and --count")
     arguments = parser.parse_args()
-    groups = tuple(filter(None, (arguments.groups or "").split(",")))
-    if not set(groups) <= set(GROUPS):
-        parser.error(f"--groups must be some of {', '.join(GROUPS)}, got {arguments.groups}")
+    named = set(filter(None, (arguments.groups or "").split(",")))
+    if named and not {"prompt"} <= named <= set(GROUPS):
+        parser.error(f"--groups must be prompt and some of {', '.join(GROUPS[1:])}, got {arguments.groups}")
+    try:
+        unanchored = [loss for loss in arguments.losses if parse(loss).build("lora").anchor == 0]
+    except ValueError as error:
+        parser.error(f"--losses: {error}")
+    if named and unanchored:
+        parser.error(f"--losses must have an anchor, such as overtone:anchor=1, got {' '.join(unanchored)}")
+    arguments.groups = tuple(group for group in GROUPS if group in named)
+    stops = [f"cross_entropy:hold={stop}" for stop in STOPS]
+    arguments.losses = [parse(loss).name for loss in (arguments.losses if named else stops)]
+    return arguments
 
-    torch.set_num_threads(1)
-    workplace = Workplace.load(arguments.model)
-    settings = METHODS["lora"].changed({"lr": arguments.lr, "steps": arguments.steps}, is_large=True)
-    opened = METHODS["lora"].open_many(workplace.model, settings)
-    edits = open_corpus(arguments.data, seed=0, path=arguments.file, size=arguments.size).edits(arguments.edits, seed=0)
+
+def main() -> None:
+    """Make the edits that are not in the file yet."""
+    arguments = read_arguments()
+    groups = "+".join(arguments.groups)
     done = set()
     if arguments.out.exists():
         with arguments.out.open(newline="", encoding="utf-8") as stream:
             done = {
-                (row["data"], int(row["edit"]), row["loss"], row["groups"], float(row["lr"]))
+                (int(row["edit"]), row["loss"])
                 for row in csv.DictReader(stream)
+                if (row["data"], row["groups"], float(row["lr"])) == (arguments.data, groups, arguments.lr)
             }
-    else:
+    workplace = Workplace.load(arguments.model)
+    settings = METHODS["lora"].changed({"lr": arguments.lr, "steps": arguments.steps}, is_large=True)
+    opened = METHODS["lora"].open_many(workplace.model, settings)
+    edits = open_corpus(arguments.data, seed=0, path=arguments.file, size=arguments.size).edits(arguments.edits, seed=0)
+    if not arguments.out.exists():
         arguments.out.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
-    stops = tuple(f"cross_entropy:hold={stop}" for stop in STOPS)
     writer = Writer(workplace, arguments.count)
     for number, edit in enumerate(edits):
-        losses = arguments.losses if groups else stops
-        if {(arguments.data, number, loss, "+".join(groups), arguments.lr) for loss in losses} <= done:
+        losses = tuple(loss for loss in arguments.losses if (number, loss) not in done)
+        if not losses:
             continue
-        start = opened.start(number)
-        ends: dict[str, Snapshot] = {}
-        if groups:
-            jobs = [anchored_job(workplace, writer, edit, start, loss, groups) for loss in losses]
-            made = fit_many(workplace.model, opened, jobs, steps=settings.steps, lr=settings.lr, at_once=1)
-            ends = {loss: Snapshot(fitted.weights, fitted.steps) for loss, fitted in zip(losses, made, strict=True)}
-        else:
-            family = Family(map(parse, stops), "lora")
-            job = family.job(encode_targets(workplace.tokenizer, edit.pairs), start, workplace.tokenizer.bos_token_id)
-            (fitted,) = fit_many(workplace.model, opened, [job], steps=settings.steps, lr=settings.lr)
-            ends = {loss: snapshot for loss, (snapshot, _) in family.results(fitted).items()}
+        ends = ends_of(workplace, opened, settings, writer, edit, Wanted(number, losses, arguments.groups))
         (exam,) = examine_many(workplace.model, workplace.tokenizer, opened, [edit])
         scores = score_many(workplace.model, opened, [(exam, end.weights) for end in ends.values()])
         with arguments.out.open("a", newline="", encoding="utf-8") as stream:
             for (loss, end), score in zip(ends.items(), scores, strict=True):
                 measures = {name: f"{100 * value:.2f}" for name, value in score.accuracy().items()}
-                row = {"data": arguments.data, "edit": number, "loss": loss, "groups": "+".join(groups)}
-                row |= {"lr": arguments.lr, "steps": end.steps, "kl": f"{score.kl:.3f}"}
+                row = {"data": arguments.data, "edit": number, "loss": loss, "groups": groups}
+                row |= {"lr": arguments.lr, "steps": end.steps, "kl": "" if score.kl is None else f"{score.kl:.3f}"}
                 csv.DictWriter(stream, FIELDS, restval="").writerow(row | measures)
 
 
