@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -70,6 +71,13 @@ def with_interval(row: pd.Series[float], name: str, digits: int = 1, sign: str =
         return ""
     low, high = (number(row[f"{name} {end}"], digits, sign) for end in ("low", "high"))
     return f"{number(row[name], digits, sign)} [{low}, {high}]"
+
+
+def mean_gain(gains: pd.Series[float], units: Any) -> dict[str, Any]:
+    """The mean of paired differences with its interval over the units, as `difference` reads it."""
+    gain = bootstrap_difference(gains.to_numpy()[:, None], units)
+    values = {"difference": gain.mean, "difference low": gain.low, "difference high": gain.high}
+    return values | {"clear": bool(gain.excludes_zero)}
 
 
 def difference(row: pd.Series[float], name: str = "difference", clear: str = "clear") -> str:
@@ -162,16 +170,9 @@ def held_cells() -> pd.DataFrame:
     for key, own in wide_edits.groupby(level=cell, sort=False):
         place = dict(zip(cell, key, strict=True))
         stop = best[place["method"]]
-        gain = bootstrap_difference(
-            (own["overtone_recommended"] - own[stop]).to_numpy()[:, None], own.index.get_level_values("sequence")
-        )
-        place |= {"threshold": stop.partition("=")[2], "edits": len(own)}
-        place |= {
-            "ours": own["overtone_recommended"].mean(),
-            "difference": gain.mean,
-            "clear": bool(gain.excludes_zero),
-        }
-        found.append(place | {"difference low": gain.low, "difference high": gain.high} | dict(means.loc[key]))
+        gain = mean_gain(own["overtone_recommended"] - own[stop], own.index.get_level_values("sequence"))
+        place |= {"threshold": stop.partition("=")[2], "edits": len(own), "ours": own["overtone_recommended"].mean()}
+        found.append(place | gain | dict(means.loc[key]))
     return pd.DataFrame(found)
 
 
@@ -215,13 +216,9 @@ def gemma_breadth() -> pd.DataFrame:
         data, method, lr = key
         for order, edits in wide_edits.items():
             own = edits.loc[key]
-            gain = bootstrap_difference(
-                (own["overtone_recommended"] - rounds.loc[key]["cross_entropy:hold=0.01"]).to_numpy()[:, None],
-                own.index.get_level_values("sequence"),
-            )
+            gains = own["overtone_recommended"] - rounds.loc[key]["cross_entropy:hold=0.01"]
+            last = difference(pd.Series(mean_gain(gains, own.index.get_level_values("sequence"))))
             means = {title_of(loss): [number(own[loss].mean())] for loss in rounds}
-            row = {"difference": gain.mean, "difference low": gain.low, "difference high": gain.high}
-            last = difference(pd.Series(row | {"clear": bool(gain.excludes_zero)}))
             place = {"data, method, lr": [f"{data_title(data)}, {METHODS[method]}, {lr:g}"], "order": [order]}
             rel = {"Rel, recommended": [number(reliability[order][key])]}
             found.append(columns(place | means | rel | {"recommended minus LocFT's": [last]}))
@@ -240,11 +237,7 @@ def anchor_search() -> pd.DataFrame:
         stops = [key for key in means.index if not key[1]]
         best = max(stops, key=lambda key: means.average[key])
         for (loss, groups), row in means.iterrows():
-            gain = bootstrap_difference(
-                (wide_edits[loss, groups] - wide_edits[best]).to_numpy()[:, None], wide_edits.index
-            )
-            values = {"difference": gain.mean, "difference low": gain.low, "difference high": gain.high}
-            last = difference(pd.Series(values | {"clear": bool(gain.excludes_zero)}))
+            last = difference(pd.Series(mean_gain(wide_edits[loss, groups] - wide_edits[best], wide_edits.index)))
             titles = {"data": [data_title(data)], "loss": [title_of(loss)], "stands on": [groups.replace("+", ", ")]}
             measures = {title: [number(row[name])] for name, title in MEASURES.items()}
             others = {
