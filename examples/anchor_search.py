@@ -169,6 +169,13 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--groups", help="by commas, prompt among them; none: the early stops of cross-entropy")
     parser.add_argument("--out", type=Path, required=True, help="of one --steps and --count")
     arguments = parser.parse_args()
+    for option, least in (("edits", 1), ("steps", 1), ("count", 1)):
+        if getattr(arguments, option) < least:
+            parser.error(f"--{option} must be at least {least}, got {getattr(arguments, option)}")
+    if not 0 < arguments.lr < float("inf"):
+        parser.error(f"--lr must be a number above 0, got {arguments.lr}")
+    if not arguments.file.is_file():
+        parser.error(f"--file must be a file that can be read, got {arguments.file}")
     named = set(filter(None, (arguments.groups or "").split(",")))
     if named and not {"prompt"} <= named <= set(GROUPS):
         parser.error(f"--groups must be prompt and some of {', '.join(GROUPS[1:])}, got {arguments.groups}")

@@ -16,6 +16,7 @@ from overtone.lab.edit.fit import fit
 from overtone.lab.edit.many import Job, fit_many, target_texts
 from overtone.lab.edit.methods import METHODS
 from overtone.lab.edit.sessions import require_method
+from overtone.lab.model.positions import logits_at
 from overtone.lab.model.targets import encode_targets
 from overtone.lab.model.workplace import Workplace
 from overtone.lab.run import plan
@@ -46,8 +47,8 @@ def tokenizer():
 
 
 def rounds(loss="cross_entropy", edits_a_step=2, edits=EDITS, **options):
-    built = parse(loss).build("ft-m")
-    return Rounds(tokenizer(), edits, built, edits_a_step=edits_a_step, **{"seed": 0, **options})
+    model, build_loss = mini_lab.random_model().double(), lambda: parse(loss).build("ft-m")
+    return Rounds(model, tokenizer(), edits, build_loss, edits_a_step=edits_a_step, **{"seed": 0, **options})
 
 
 @pytest.mark.parametrize("edits_a_step", [1, 2, 3, 4, 9])
@@ -93,6 +94,9 @@ def losses_of(model, edit, reference):
 def written_out(loss, anchor, threshold, order, model, parameters, limit):
     """LocFT's loop, as it is published, but that a threshold holds an edit where LocFT's holds a step."""
     steps, reference = [0] * len(EDITS), {}
+    with torch.no_grad():
+        for edit in range(len(EDITS)):
+            losses_of(model, edit, reference)
     optimizer = torch.optim.Adam(parameters, lr=0.02)
     for number in range(limit):
         has_moved = False
@@ -121,6 +125,7 @@ def written_out(loss, anchor, threshold, order, model, parameters, limit):
         ("cross_entropy", 0, 0, 1, 3),
         ("cross_entropy:hold=2.0", 0, 2, 1, 40),
         ("cross_entropy:hold=2.0", 0, 2, 3, 40),
+        ("cross_entropy:anchor=2", 2, 0, 1, 4),
         ("cross_entropy:anchor=2", 2, 0, 3, 4),
     ],
 )
@@ -145,6 +150,27 @@ def test_is_adam_on_the_mean_of_the_edits_of_a_step(loss, anchor, threshold, edi
         assert {record.ended for record in records} == {ended}
         assert len({record.seconds for record in records}) == 1
         assert records[0].scores.p_new == pytest.approx(p_new)
+
+
+@pytest.mark.parametrize("edits_a_step", [1, 4])
+def test_a_frozen_target_is_that_of_each_edit_before_the_first_step(edits_a_step):
+    spec = parse("overtone:dynamic=false+epsilon=0+check=false")
+    model = mini_lab.random_model().double()
+    order = Rounds(model, tokenizer(), EDITS, lambda: spec.build("ft-m"), edits_a_step=edits_a_step, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # as if other edits had been trained since
+            parameter.mul_(1.1)
+    for step in range(order.steps_a_round):
+        rows = order.rows(step)
+        expected = []
+        for edit in sorted({min(row, 3) for row in rows}):
+            alone = spec.build("ft-m")
+            texts = target_texts(encode_targets(tokenizer(), PAIRS[edit]))
+            labels = torch.cat([text.ids[text.positions + 1] for text in texts])
+            alone(logits_at(mini_lab.random_model().double(), texts), labels)
+            expected.append(alone.mean(logits_at(model, texts), labels))
+        logits = logits_at(model, [order.texts[row] for row in rows])
+        torch.testing.assert_close(order.mean(logits, rows), torch.stack(expected).mean())
 
 
 def scripted(moves):

@@ -159,6 +159,10 @@ class TestGrid:
         found = Run(settings(model, changes={"breadth_first": 2}), tmp_path, shard=ALONE)
         assert {(task.length, task.settings.breadth_first) for task in found.plan.tasks} == {(1, None), (2, 2)}
 
+    def test_no_step_has_more_edits_than_the_sequence(self, model, corpora, tmp_path):
+        found = Run(settings(model, changes={"breadth_first": 99}), tmp_path, shard=ALONE)
+        assert {(task.length, task.settings.breadth_first) for task in found.plan.tasks} == {(1, None), (2, 2)}
+
     def test_a_length_that_does_not_fit_is_refused(self, model, corpora, tmp_path):
         with pytest.raises(ValueError, match="short, sequences of 5: count must be at most 4, got 5"):
             Run(settings(model, lengths=(1, 5)), tmp_path, shard=ALONE)

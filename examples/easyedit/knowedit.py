@@ -141,7 +141,7 @@ def main() -> int:
     for name, token_loss in losses.items():
         config = load_config(arguments.hparams, arguments.model, token_loss=token_loss)
         with_changes(config, arguments.change)
-        file = arguments.out / f"{name.replace(':', '-')}.jsonl"
+        file = arguments.out / f"{name.replace(':', '-')}{'-no-prefixes' if arguments.no_prefixes else ''}.jsonl"
         records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         done = {record["case"] for record in records}
         left = [case for case in range(len(requests)) if case not in done]

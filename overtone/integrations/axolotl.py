@@ -38,7 +38,10 @@ class OverTonePlugin(BasePlugin):  # type: ignore[misc]
         """Refuse what would compute another loss, before anything is loaded."""
         if cfg.get("overtone") is None:
             return
-        read_settings(cfg["overtone"])
+        try:
+            read_settings(cfg["overtone"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the key overtone: {error}; leave it out for axolotl's own loss") from error
         require({name: value for name, value in cfg.items() if value is not None}, **_NEEDED)
 
     def pre_model_load(self, cfg: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from overtone.easyedit.traps.trap import Config, Trap
 
 ALPHAEDIT_FAMILIES = ("llama", "qwen", "gpt-j-6b", "gpt2-xl")
 
-NORM_AFTER_MLP = ("gemma2", "gemma3_text", "glm4", "olmo2", "olmo3", "exaone4")
+NORM_AFTER_MLP = ("gemma2", "gemma3_text", "gemma4_text", "glm4", "olmo2", "olmo3", "flex_olmo", "exaone4", "afmoe")
 """Types of models that put a norm between an MLP and the residual stream that it is added to."""
 
 
@@ -27,8 +27,8 @@ def _norm_after_mlp(config: Config) -> Iterator[Trap]:
     model_type = getattr(_text_config(config), "model_type", None)
     if model_type in NORM_AFTER_MLP:
         yield Trap(
-            f"a {model_type} model puts a norm after each MLP: what {config['alg_name']} writes into down_proj reaches "
-            "the layer's output turned and scaled by it, so that the edit misses its vector",
+            f"models of type {model_type} put a norm after each MLP: what {config['alg_name']} writes into down_proj "
+            "reaches the layer's output turned and scaled by it, so that the edit misses its vector",
             "ROME or R-ROME, whose vector is the MLP's own output",
         )
 
@@ -46,9 +46,10 @@ def _text_config(config: Config) -> Any:
         # Never the model's own code, about which transformers would ask at the terminal.
         name = str(config.get("model_name"))
         model: Any = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    except (ImportError, OSError, ValueError):
+        return model.get_text_config()
+    # Whatever is wrong with the model's file, its own trainer will say; here it is only not known.
+    except Exception:
         return None
-    return model.get_text_config()
 
 
 def _projection(config: Config) -> Iterator[Trap]:

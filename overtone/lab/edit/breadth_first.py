@@ -16,8 +16,8 @@ from torch import Tensor
 from overtone.cut_off import without_effect
 from overtone.lab.data.edit import Edit
 from overtone.lab.edit.anchored import AnchoredTexts
-from overtone.lab.edit.many import Job, target_texts
-from overtone.lab.model.positions import Text
+from overtone.lab.edit.many import Job, at_least_float32, target_texts
+from overtone.lab.model.positions import Text, logits_at
 from overtone.lab.model.targets import IGNORE_INDEX, TargetBatch, encode_targets
 from overtone.token_loss import EditLoss
 
@@ -29,8 +29,8 @@ class Rounds:
     """The steps of a row of edits that share an optimiser: which edits each step has, and its loss.
 
     A step takes some of the edits, and its loss is the mean of theirs; one whose own loss is held adds nothing. A round
-    is over when each edit has had its turn, and the next one shuffles them anew. What an anchor keeps is what the model
-    says when the edit has its first turn, which is after other edits' first turns where a round has several steps.
+    is over when each edit has had its turn, and the next one shuffles them anew. What a loss compares with the unedited
+    model, it compares with the model before the first step.
 
     Attributes:
         texts: of all edits, in their order, as `overtone.lab.edit.many.Job` takes them.
@@ -40,23 +40,23 @@ class Rounds:
 
     def __init__(
         self,
+        model: Any,
         tokenizer: Any,
         edits: Sequence[Edit],
-        loss: EditLoss,
+        build_loss: Callable[[], EditLoss],
         *,
         edits_a_step: int,
         seed: int,
-        device: torch.device | str = "cpu",
     ) -> None:
         """Take the edits.
 
         Args:
+            model: before the first edit.
             tokenizer: of the model.
             edits: at least one.
-            loss: of every edit.
+            build_loss: makes the loss of one edit, which may remember what it has seen of it.
             edits_a_step: how many edits share a step; the last one of a round may have fewer.
             seed: of the shuffles.
-            device: of the model.
 
         Raises:
             ValueError: no edits, fewer than one a step, or as `encode_targets`.
@@ -73,8 +73,10 @@ class Rounds:
         self._edit_of: list[int] = []
         self._loss_of: list[_LossOf] = []
         for number, edit in enumerate(edits):
-            batch = encode_targets(tokenizer, edit.pairs, device)
-            texts, loss_of = _read(batch, loss, tokenizer.bos_token_id)
+            batch = encode_targets(tokenizer, edit.pairs, model.device)
+            texts, loss_of = _read(batch, build_loss(), tokenizer.bos_token_id)
+            with torch.no_grad():
+                loss_of(at_least_float32(logits_at(model, texts)))  # the one that anchors and references are taken from
             self.texts += texts
             self._edit_of += [number] * len(texts)
             self._loss_of.append(loss_of)

@@ -134,6 +134,11 @@ def target_texts(batch: TargetBatch) -> list[Text]:
     ]
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if it has a smaller type."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
 def fit_many(
     model: Any, opened: OpenedWeights, jobs: Sequence[Job], *, steps: int, lr: float, at_once: int = 8
 ) -> list[FittedEdit]:
@@ -222,7 +227,7 @@ class _Running:
 
     def logits_gradient(self, logits: Tensor) -> Tensor | None:
         """Look at the logits before an update; their gradient, or None where the edit ends here."""
-        leaf = (logits.float() if logits.dtype.itemsize < 4 else logits).detach().requires_grad_()
+        leaf = at_least_float32(logits).detach().requires_grad_()
         loss = self.job.objective(leaf, self.rows)
         value = loss.item()
         self._losses.append(value)

@@ -83,12 +83,12 @@ class WeightSession:
             RuntimeError: the loss is NaN or infinite.
         """
         rounds = Rounds(
+            self.model,
             self._tokenizer,
             edits,
-            loss.build(self._method.name),
+            lambda: loss.build(self._method.name),
             edits_a_step=edits_a_step,
             seed=seed,
-            device=self.model.device,
         )
         place = count()
 

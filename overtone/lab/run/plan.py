@@ -187,8 +187,10 @@ def _settings(settings: RunSettings, method: str, length: int) -> list[MethodSet
         return [None]
     rates = [{"lr": lr} for lr in settings.lrs] or [{}]
     is_large = settings.model is not None
-    # Rounds over a single edit are its steps.
-    changes = {name: value for name, value in settings.changes.items() if length > 1 or name != "breadth_first"}
+    changes = dict(settings.changes)
+    if changes.get("breadth_first") is not None:
+        # Rounds over a single edit are its steps, and no step has more edits than the sequence.
+        changes["breadth_first"] = min(changes["breadth_first"], length) if length > 1 else None
     return [METHODS[method].changed({**changes, **rate}, is_large=is_large) for rate in rates]
 
 

@@ -6,7 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from overtone.lab.data.edit import Edit
 from overtone.lab.edit.breadth_first import Rounds
 from overtone.lab.edit.families import Family, families
-from overtone.lab.edit.many import FittedEdit, OpenedWeights, Snapshot, fit_many
+from overtone.lab.edit.many import FittedEdit, OpenedWeights, Snapshot, at_least_float32, fit_many
 from overtone.lab.edit.methods import METHODS, MethodSettings
 from overtone.lab.model.targets import encode_targets
 from overtone.lab.model.workplace import Workplace
@@ -139,12 +139,12 @@ class TogetherTask:
         assert settings is not None
         of_tasks = [
             Rounds(
+                workplace.model,
                 workplace.tokenizer,
                 task.edits,
-                parse(task.loss).build(task.method),
+                partial(parse(task.loss).build, task.method),
                 edits_a_step=edits_a_step,
                 seed=task.first_index,
-                device=workplace.model.device,
             )
             for task in self.tasks
         ]
@@ -187,9 +187,8 @@ def _sharing(task: SequenceTask, at_once: int) -> int:
 
 def _start(opened: OpenedWeights, task: SequenceTask) -> Tensor:
     """The weights before a sequence's first edit."""
-    start = opened.start(task.first_index)
     # Adam's steps would vanish in the rounding of half-precision weights.
-    return start.float() if start.dtype.itemsize < 4 else start
+    return at_least_float32(opened.start(task.first_index))
 
 
 _Runs = tuple[tuple[SequenceTask, ...], ...]
