@@ -200,28 +200,23 @@ def gemma_held() -> pd.DataFrame:
 
 @table
 def gemma_breadth() -> pd.DataFrame:
-    """Rows of ten on a real model, each edit to its end or in rounds over all of them."""
-    held = read_edits("real/gemma-3-270m-held").query("T == 10")
-    orders = {"each to its end": held, "in rounds": read_edits("real/gemma-3-270m-breadth")}
-    reliability = {
-        order: edits.query("loss == 'overtone_recommended'").groupby(["data", "method", "lr"]).rel.mean()
-        for order, edits in orders.items()
-    }
-    cell, edit = ["data", "method", "lr"], ["sequence", "position"]
-    wide_edits = {
-        order: edits.pivot(index=[*cell, *edit], columns="loss", values="average") for order, edits in orders.items()
-    }
+    """Rows of ten on a real model: each measure with each edit to its end, then in rounds over all of them."""
+    place = ["data", "method", "lr", "loss"]
+    edit = [*place, "sequence", "position"]
+    one_by_one = read_edits("real/gemma-3-270m-held").query("T == 10").set_index(edit).add_suffix(" before")
+    both = read_edits("real/gemma-3-270m-breadth").join(one_by_one, on=edit)
     found = []
-    for key, rounds in wide_edits["in rounds"].groupby(level=cell, sort=False):
-        data, method, lr = key
-        for order, edits in wide_edits.items():
-            own = edits.loc[key]
-            gains = own["overtone_recommended"] - rounds.loc[key]["cross_entropy:hold=0.01"]
-            last = difference(pd.Series(mean_gain(gains, own.index.get_level_values("sequence"))))
-            means = {title_of(loss): [number(own[loss].mean())] for loss in rounds}
-            place = {"data, method, lr": [f"{data_title(data)}, {METHODS[method]}, {lr:g}"], "order": [order]}
-            rel = {"Rel, recommended": [number(reliability[order][key])]}
-            found.append(columns(place | means | rel | {"recommended minus LocFT's": [last]}))
+    for (data, method, lr, loss), own in both.groupby(place, sort=False):
+        gain = mean_gain(own.average - own["average before"], own.sequence)
+        titles = {"data, method, lr": f"{data_title(data)}, {METHODS[method]}, {lr:g}", "loss": title_of(loss)}
+        measures = {
+            title: ""
+            if own[name].isna().all()
+            else f"{number(own[f'{name} before'].mean())} → {number(own[name].mean())}"
+            for name, title in MEASURES.items()
+        }
+        row = titles | measures | {"difference": difference(pd.Series(gain))}
+        found.append(columns({title: [text] for title, text in row.items()}))
     return pd.concat(found)
 
 
