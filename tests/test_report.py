@@ -296,6 +296,17 @@ class TestTerminal:
         (line,) = [line for line in lines if "held at 0.3" in line]
         assert line.split()[-6:] == ["72.0", "=", "72.0", "=", "72.0", "="] or "+" in line
 
+    def test_averages_are_compared_with_the_best_early_stop(self):
+        losses = {"cross_entropy": 0.9, "cross_entropy:hold=0.1": 0.5, "cross_entropy:hold=0.3": 0.8, "overtone": 0.7}
+        records = [made for loss, share in losses.items() for made in singles([share] * 7, loss=loss)]
+        lines = [line.split()[-2:] for line in self.lines(averages_by_length, records)]
+        assert [line for line in lines if line and line[0].endswith(".0")] == [
+            ["90.0", "+10.0"],
+            ["50.0", "-30.0"],
+            ["80.0", "="],
+            ["70.0", "-10.0"],
+        ]
+
     def test_averages_mark_the_baseline_and_failures(self):
         lines = self.lines(averages_by_length, [*singles([0.5]), *singles([None], loss="overtone")])
         assert any(line.split() == ["cross-entropy", "50.0", "="] for line in lines)

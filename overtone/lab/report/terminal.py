@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from overtone.lab.report.cells import COLUMNS, Column, signed
-from overtone.lab.report.tables import AVERAGE, BEST_BASELINE
+from overtone.lab.report.tables import AVERAGE, BEST_BASELINE, BEST_STOP
 from overtone.lab.report.titles import data_title, loss_title, method_title
 
 _MEASURES: Mapping[str, Column] = {
@@ -59,7 +59,7 @@ def measures_of_single_edits(editing: pd.DataFrame) -> Table:
 
 
 def averages_by_length(editing: pd.DataFrame) -> Table:
-    """A line per data, method and loss: for each T the average and its difference to the best baseline.
+    """A line per data, method and loss: for each T the average and its difference to the best early stopping.
 
     Args:
         editing: Table 1, from `overtone.lab.report.tables.editing_table`.
@@ -67,8 +67,9 @@ def averages_by_length(editing: pd.DataFrame) -> Table:
     own = editing[editing["source"] == "this run"]
     lengths = sorted(own["length"].unique())
     table = _table(
-        "Average in %, and difference to the best baseline",
-        "bold: the 95% interval of the difference excludes 0 and can be trusted; =: the best baseline itself",
+        "Average in %, and difference to the best early stopping",
+        "Where none was run the difference is to the best baseline. Bold: its 95% interval excludes 0 and can be "
+        "trusted; =: the rival itself.",
         padding=(0, 1, 0, 0),
     )
     for length in lengths:
@@ -109,9 +110,10 @@ def _average_and_difference(row: Mapping[str, Any] | None) -> tuple[str, str]:
     average = COLUMNS[AVERAGE].mean(row, AVERAGE)
     if average is None:
         return "failed", ""
-    if row.get(BEST_BASELINE) == row["loss"]:
+    rival = BEST_BASELINE if pd.isna(row.get(BEST_STOP)) else BEST_STOP
+    if row.get(rival) == row["loss"]:
         return average, "="
-    name = f"difference to {BEST_BASELINE}"
+    name = f"difference to {rival}"
     if pd.isna(row.get(name)):
         return average, ""
     text = signed(row[name])
