@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from overtone import cli
 from overtone.cut_off import without_effect
+from overtone.lab.edit import sessions
 from overtone.lab.edit.breadth_first import Rounds
 from overtone.lab.edit.fit import fit
 from overtone.lab.edit.many import Job, fit_many, target_texts
@@ -20,6 +21,7 @@ from overtone.lab.model.positions import logits_at
 from overtone.lab.model.targets import encode_targets
 from overtone.lab.model.workplace import Workplace
 from overtone.lab.run import plan
+from overtone.lab.run import together as together_module
 from overtone.lab.run.settings import RunSettings
 from overtone.lab.run.task import SequenceTask
 from overtone.lab.run.together import together
@@ -171,6 +173,31 @@ def test_a_frozen_target_is_that_of_each_edit_before_the_first_step(edits_a_step
             expected.append(alone.mean(logits_at(model, texts), labels))
         logits = logits_at(model, [order.texts[row] for row in rows])
         torch.testing.assert_close(order.mean(logits, rows), torch.stack(expected).mean())
+
+
+def made_both_ways(loss):
+    workplace = Workplace(mini_lab.random_model().double(), tokenizer())
+    settings = METHODS["ft-m"].changed({"lr": 0.02, "steps": 2, "breadth_first": 2})
+    task = SequenceTask("short", 0, "ft-m", settings, parse(loss).name, 0, EDITS, ())
+    return [task.perform(workplace), *next(iter(together([task], 4))).perform(workplace)]
+
+
+def test_each_edit_has_a_loss_of_its_own_which_remembers_it_alone():
+    alone, in_a_batch = made_both_ways("overtone:dynamic=false+epsilon=0")
+    for one, other in zip(alone, in_a_batch, strict=True):
+        assert one.error is None and other.error is None
+        assert one.scores.p_new == pytest.approx(other.scores.p_new)
+
+
+def test_the_time_of_a_row_is_shared_by_its_edits(monkeypatch):
+    monkeypatch.setattr(sessions, "fit", lambda *a, **o: dataclasses.replace(fit(*a, **o), seconds=8.0))
+    monkeypatch.setattr(
+        together_module,
+        "fit_many",
+        lambda *a, **o: [dataclasses.replace(made, seconds=8.0) for made in fit_many(*a, **o)],
+    )
+    for records in made_both_ways("cross_entropy"):
+        assert [record.seconds for record in records] == [2.0] * 4
 
 
 def scripted(moves):
