@@ -185,7 +185,7 @@ def made_both_ways(loss):
 def test_each_edit_has_a_loss_of_its_own_which_remembers_it_alone():
     alone, in_a_batch = made_both_ways("overtone:dynamic=false+epsilon=0")
     for one, other in zip(alone, in_a_batch, strict=True):
-        assert one.error is None and other.error is None
+        assert [one.error, other.error] == [None, None]
         assert one.scores.p_new == pytest.approx(other.scores.p_new)
 
 
