@@ -215,9 +215,8 @@ def gemma_breadth() -> pd.DataFrame:
             else f"{number(own[f'{name} before'].mean())} → {number(own[name].mean())}"
             for name, title in MEASURES.items()
         }
-        row = titles | measures | {"difference": difference(pd.Series(gain))}
-        found.append(columns({title: [text] for title, text in row.items()}))
-    return pd.concat(found)
+        found.append(titles | measures | {"difference": difference(pd.Series(gain))})
+    return pd.DataFrame(found)
 
 
 @table
@@ -233,16 +232,12 @@ def anchor_search() -> pd.DataFrame:
         best = max(stops, key=lambda key: means.average[key])
         for (loss, groups), row in means.iterrows():
             last = difference(pd.Series(mean_gain(wide_edits[loss, groups] - wide_edits[best], wide_edits.index)))
-            titles = {"data": [data_title(data)], "loss": [title_of(loss)], "stands on": [groups.replace("+", ", ")]}
-            measures = {title: [number(row[name])] for name, title in MEASURES.items()}
-            others = {
-                "KL on locality": [number(row.kl, 2)],
-                "steps": [number(row.steps)],
-                "edits": [str(len(wide_edits))],
-            }
+            titles = {"data": data_title(data), "loss": title_of(loss), "stands on": groups.replace("+", ", ")}
+            measures = {title: number(row[name]) for name, title in MEASURES.items()}
+            others = {"KL on locality": number(row.kl, 2), "steps": number(row.steps), "edits": str(len(wide_edits))}
             is_best = (loss, groups) == best
-            found.append(columns(titles | measures | others | {"minus the best stop": ["" if is_best else last]}))
-    return pd.concat(found)
+            found.append(titles | measures | others | {"minus the best stop": "" if is_best else last})
+    return pd.DataFrame(found)
 
 
 @table

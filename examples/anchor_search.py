@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,31 +123,22 @@ def anchored_job(
     return Job(texts, objective, start)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be made of one edit.
-
-    Attributes:
-        edit: its place in the list.
-        losses: that are not in the file yet.
-        groups: what an anchor stands on; empty for early stops.
-    """
-
-    edit: int
-    losses: tuple[str, ...]
-    groups: tuple[str, ...]
-
-
 def ends_of(
-    workplace: Workplace, opened: OpenedWeights, settings: MethodSettings, writer: Writer, edit: Edit, wanted: Wanted
+    workplace: Workplace,
+    opened: OpenedWeights,
+    settings: MethodSettings,
+    writer: Writer,
+    edit: Edit,
+    start: Tensor,
+    losses: Sequence[str],
+    groups: Sequence[str],
 ) -> dict[str, Snapshot]:
     """The weights with which one edit ends, for each loss."""
-    start = opened.start(wanted.edit)
-    if wanted.groups:
-        jobs = [anchored_job(workplace, writer, edit, start, loss, wanted.groups) for loss in wanted.losses]
+    if groups:
+        jobs = [anchored_job(workplace, writer, edit, start, loss, groups) for loss in losses]
         made = fit_many(workplace.model, opened, jobs, steps=settings.steps, lr=settings.lr, at_once=1)
-        return {loss: Snapshot(own.weights, own.steps) for loss, own in zip(wanted.losses, made, strict=True)}
-    family = Family(map(parse, wanted.losses), "lora")
+        return {loss: Snapshot(own.weights, own.steps) for loss, own in zip(losses, made, strict=True)}
+    family = Family(map(parse, losses), "lora")
     job = family.job(encode_targets(workplace.tokenizer, edit.pairs), start, workplace.tokenizer.bos_token_id)
     (fitted,) = fit_many(workplace.model, opened, [job], steps=settings.steps, lr=settings.lr)
     return {loss: snapshot for loss, (snapshot, _) in family.results(fitted).items()}
@@ -169,9 +159,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--groups", help="by commas, prompt among them; none: the early stops of cross-entropy")
     parser.add_argument("--out", type=Path, required=True, help="of one --steps and --count")
     arguments = parser.parse_args()
-    for option, least in (("edits", 1), ("steps", 1), ("count", 1)):
-        if getattr(arguments, option) < least:
-            parser.error(f"--{option} must be at least {least}, got {getattr(arguments, option)}")
+    for option in ("edits", "steps", "count"):
+        if getattr(arguments, option) < 1:
+            parser.error(f"--{option} must be at least 1, got {getattr(arguments, option)}")
     if not 0 < arguments.lr < float("inf"):
         parser.error(f"--lr must be a number above 0, got {arguments.lr}")
     if not arguments.file.is_file():
@@ -214,7 +204,7 @@ def main() -> None:
         losses = tuple(loss for loss in arguments.losses if (number, loss) not in done)
         if not losses:
             continue
-        ends = ends_of(workplace, opened, settings, writer, edit, Wanted(number, losses, arguments.groups))
+        ends = ends_of(workplace, opened, settings, writer, edit, opened.start(number), losses, arguments.groups)
         (exam,) = examine_many(workplace.model, workplace.tokenizer, opened, [edit])
         scores = score_many(workplace.model, opened, [(exam, end.weights) for end in ends.values()])
         with arguments.out.open("a", newline="", encoding="utf-8") as stream:

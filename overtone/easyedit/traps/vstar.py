@@ -14,7 +14,7 @@ NORM_AFTER_MLP = ("gemma2", "gemma3_text", "gemma4_text", "glm4", "olmo2", "olmo
 
 
 def _last_layer(config: Config) -> Iterator[Trap]:
-    layers, last = _number_of_layers(config), config.get("v_loss_layer")
+    layers, last = getattr(_text_config(config), "num_hidden_layers", None), config.get("v_loss_layer")
     if layers is not None and isinstance(last, int) and last != layers - 1:
         yield Trap(
             f"v_loss_layer {last} is not the last of the model's {layers} layers: the loss reads the target's "
@@ -31,11 +31,6 @@ def _norm_after_mlp(config: Config) -> Iterator[Trap]:
             "reaches the layer's output turned and scaled by it, so that the edit misses its vector",
             "ROME or R-ROME, whose vector is the MLP's own output",
         )
-
-
-def _number_of_layers(config: Config) -> int | None:
-    layers: int | None = getattr(_text_config(config), "num_hidden_layers", None)
-    return layers
 
 
 def _text_config(config: Config) -> Any:

@@ -182,7 +182,7 @@ def together(tasks: Iterable[SequenceTask], at_once: int, *, generates: bool = F
 def _sharing(task: SequenceTask, at_once: int) -> int:
     """How many runs like this one share a pass: in rounds the edits of a step share it already."""
     edits_a_step = None if task.settings is None else task.settings.breadth_first
-    return at_once if edits_a_step is None else max(1, at_once // min(edits_a_step, task.length))
+    return at_once if edits_a_step is None else max(1, at_once // edits_a_step)
 
 
 def _start(opened: OpenedWeights, task: SequenceTask) -> Tensor:
