@@ -179,6 +179,15 @@ class TestTraps:
         for method in ("ROME", "R-ROME", "PMET", "UnKE"):
             assert not any("a norm after each MLP" in line for line in found({**config, "alg_name": method}))
 
+    @pytest.mark.parametrize(
+        "text", ["[1]", '{"model_type": ["gemma2"]}', '{"model_type": "gemma2", "num_hidden_layers": "x"}']
+    )
+    def test_a_model_whose_file_cannot_be_understood_is_not_known(self, tmp_path, text):
+        (tmp_path / "llama").mkdir()
+        (tmp_path / "llama" / "config.json").write_text(text)
+        config = {"alg_name": "MEMIT", "model_name": str(tmp_path / "llama"), "v_loss_layer": 1}
+        assert not any("norm" in line or "v_loss_layer" in line for line in found(config))
+
     def test_single_edits_that_know_of_each_other(self):
         for method in ("AlphaEdit", "SPHERE"):
             assert any("keeps the keys" in line for line in found({"alg_name": method, "model_name": "llama"}))
