@@ -28,9 +28,20 @@ CLASSES = {
     "AlphaEdit": ("easyeditor.models.alphaedit", "AlphaEditHyperParams"),
     "ROME": ("easyeditor.models.rome", "ROMEHyperParams"),
     "R-ROME": ("easyeditor.models.r_rome", "R_ROMEHyperParams"),
+    "EMMET": ("easyeditor.models.emmet", "EMMETHyperParams"),
+    "SPHERE": ("easyeditor.models.SPHERE", "SPHEREHyperParams"),
+    "CORE": ("easyeditor.models.core", "COREHyperParams"),
+    "EAMET": ("easyeditor.models.eamet", "EAMETHyperParams"),
+    "PMET": ("easyeditor.models.pmet", "PMETHyperParams"),
 }
-VECTOR_METHODS = ("MEMIT", "AlphaEdit", "ROME", "R-ROME")
+VECTOR_METHODS = ("ROME", "R-ROME", "MEMIT", "EMMET", "AlphaEdit", "SPHERE", "CORE", "EAMET", "PMET")
 """Those that optimise one vector."""
+
+NOT_TAKEN_BACK = ("MELO", "EMMET")
+"""Their single edits stay in the editor's model."""
+
+KEEP_KEYS = ("AlphaEdit", "SPHERE")
+"""They keep the keys of every edit in their module, of single ones too."""
 
 LAYERS = {"llama-3.2-3b-instruct": 28, "qwen2.5-7b-instruct": 28}
 """Of the models that the files are for; of the others 32."""
@@ -100,9 +111,21 @@ def without_prefixes(editor: Any) -> None:
 
 
 def forget_keys(editor: Any) -> None:
-    """AlphaEdit keeps the keys of every edit in its module, of single ones too; an edit is to know of no other."""
+    """Let the next edit of one of `KEEP_KEYS` know of no other."""
     module: Any = sys.modules[editor.apply_algo.__module__]
     module.cache_c_new = False
+
+
+def mend_pmet(editor: Any) -> None:
+    """Pad on the right, as PMET counts, and put the space before a target that a byte-level tokenizer wants there."""
+    apply = editor.apply_algo
+
+    def with_space(model: Any, tok: Any, requests: list[Request], *args: Any, **kwargs: Any) -> Any:
+        spaced = [{**request, "target_new": f" {request['target_new']}"} for request in requests]
+        return apply(model, tok, spaced, *args, **kwargs)
+
+    editor.tok.padding_side = "right"
+    editor.apply_algo = with_space
 
 
 def load_hparams(config: Config) -> Any:

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from framework import (
+    KEEP_KEYS,
     MEASURES,
+    NOT_TAKEN_BACK,
     VECTOR_METHODS,
     Request,
     Scores,
@@ -98,11 +100,11 @@ def edits(
     editor = None
     for case in cases:
         with quiet():
-            if editor is None or method == "MELO":  # MELO keeps its edits: a new editor for each
+            if editor is None or method in NOT_TAKEN_BACK:
                 editor = BaseEditor.from_hparams(load_hparams(config))
                 if not prefixes:
                     without_prefixes(editor)
-            if method == "AlphaEdit":
+            if method in KEEP_KEYS:
                 forget_keys(editor)
             metrics, _, _ = editor.edit_requests([requests[case]], sequential_edit=False, verbose=False)
         yield case, scores_of(metrics[0]["pre"], metrics[0]["post"])

@@ -1,7 +1,8 @@
-"""EasyEdit's four methods on the lab's world, with and without the flag, scored by EasyEdit's own evaluation.
+"""EasyEdit's methods on the lab's world, with and without the flag, scored by EasyEdit's own evaluation.
 
     EASYEDIT_ROOT=~/EasyEdit python examples/easyedit/lab.py                     # 40 single edits a method
     EASYEDIT_ROOT=~/EasyEdit python examples/easyedit/lab.py --in-a-row 100     # in a row, scored after the last
+    EASYEDIT_ROOT=~/EasyEdit python examples/easyedit/lab.py --methods ROME,MEMIT --losses none overtone
 
 Each method and loss is one job in a process of its own (EasyEdit keeps state in its modules). Finished edits are kept
 in --out, so the same command goes on where an interrupted one stopped; a row of edits starts again from its first.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,13 +25,18 @@ from typing import Any
 
 from framework import (
     HPARAMS,
+    KEEP_KEYS,
     MEASURES,
+    NOT_TAKEN_BACK,
+    VECTOR_METHODS,
     Config,
     Request,
     average,
     examine,
+    forget_keys,
     load_config,
     load_hparams,
+    mend_pmet,
     quiet,
     scores_of,
     with_changes,
@@ -37,8 +44,9 @@ from framework import (
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from vector_hparams import vector_config
 
-from overtone.easyedit.hparams import choose
+from overtone.easyedit.methods import BY_NAME
 from overtone.lab.data.edit import Edit
 from overtone.lab.data.world import build_world
 from overtone.lab.data.world_corpus import WorldCorpus
@@ -46,6 +54,9 @@ from overtone.lab.edit.easyedit.hparams import SMALL
 from overtone.lab.model.pretrain import load_or_train
 
 FILES = {"FT": "ft-m", "LoRA": "lora", "MELO": "melo", "WISE": "wise"}
+
+NO_KEY = "none"
+"""In the place of a loss: EasyEdit without the key."""
 
 DEFAULT_LOSSES = ("cross_entropy", "cross_entropy:hold=0.1", "overtone:hold=none", "overtone")
 
@@ -107,13 +118,38 @@ def requests_of(count: int, seed: int) -> list[Request]:
     return [request_of(edit, free[number % len(free)]) for number, edit in enumerate(edits)]
 
 
-def config_of(job: Job, model: str) -> Config:
+def texts() -> list[str]:
+    """What the lab's model knows, for the second moments."""
+    return WorldCorpus(build_world(0)).training_texts()
+
+
+def config_of(job: Job, model: str, out: Path) -> Config:
     """The method's yaml file, fitted to the lab's model."""
-    config = load_config(HPARAMS / f"{FILES[job.method]}-llama-2-7b-chat.yaml", model)
-    (config["grace"] if job.method == "MELO" else config).update(SMALL[job.method])
+    if job.method in VECTOR_METHODS:
+        config = vector_config(job.method, model, len(texts()), out / "statistics")
+    else:
+        config = load_config(HPARAMS / f"{FILES[job.method]}-llama-2-7b-chat.yaml", model)
+        (config["grace"] if job.method == "MELO" else config).update(SMALL[job.method])
     with_changes(config, job.changes)
     config["token_loss"] = job.loss
+    if job.loss == NO_KEY:
+        del config["token_loss"]
     return config
+
+
+def prepare(jobs: list[Job], model: str, out: Path) -> None:
+    """Compute the second moments that the jobs will look for."""
+    configs = [config_of(job, model, out) for job in jobs]
+    layers = sorted({layer for config in configs for layer in config["layers"]})
+    folder = configs[0]["stats_dir"]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        file = Path(elsewhere, "texts.txt")
+        file.write_text("\n".join(texts()), encoding="utf-8")
+        change = f'layers={layers};stats_dir="{folder}"'
+        program = [sys.executable, str(Path(__file__).parent / "local_statistics.py"), str(file)]
+        hparams = str(HPARAMS / "memit-llama-3.2-3b-instruct.yaml")
+        arguments = ["--hparams", hparams, "--model", model, "--change", change]
+        subprocess.run([*program, *arguments], cwd=elsewhere, check=True, stdout=subprocess.DEVNULL)
 
 
 def perform(job: Job, model: str, out: Path) -> str:
@@ -126,7 +162,7 @@ def perform(job: Job, model: str, out: Path) -> str:
     import overtone.easyedit
 
     torch.set_num_threads(1)
-    overtone.easyedit.install(["FT", "LoRA", "MELO", "WISE"])
+    overtone.easyedit.install([job.method])
     requests = requests_of(job.edits, job.seed)
     file = out / f"{job.key}.jsonl"
     done = {json.loads(line)["case"] for line in file.read_text().splitlines()} if file.exists() else set()
@@ -144,8 +180,12 @@ def perform(job: Job, model: str, out: Path) -> str:
         for case in left:
             start = time.perf_counter()
             with quiet():
-                if editor is None or job.method == "MELO":  # MELO keeps its edits: a new editor for each
-                    editor = BaseEditor.from_hparams(load_hparams(config_of(job, model)))
+                if editor is None or job.method in NOT_TAKEN_BACK:
+                    editor = BaseEditor.from_hparams(load_hparams(config_of(job, model, out)))
+                    if job.method == "PMET":
+                        mend_pmet(editor)
+                if job.method in KEEP_KEYS:
+                    forget_keys(editor)
                 metrics, _ = edit(editor, [requests[case]], sequential=False)
             record = scores_of(metrics[0]["pre"], metrics[0]["post"])
             _append(file, {"case": case, **record, "seconds": time.perf_counter() - start})
@@ -153,7 +193,7 @@ def perform(job: Job, model: str, out: Path) -> str:
 
     start = time.perf_counter()
     with quiet():
-        hparams = load_hparams(config_of(job, model))
+        hparams = load_hparams(config_of(job, model, out))
         if job.method == "WISE":
             hparams.sequential_edit = True  # no field of its hparams; without it earlier edits are dropped
         editor = BaseEditor.from_hparams(hparams)
@@ -198,8 +238,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edits", type=int, default=40, help="single edits a method")
     parser.add_argument("--in-a-row", type=int, metavar="N", help="instead: N edits in a row, scored after the last")
-    parser.add_argument("--methods", default="FT,LoRA,MELO,WISE")
-    parser.add_argument("--losses", nargs="+", default=DEFAULT_LOSSES, help="by spaces, as token_loss spells them")
+    parser.add_argument(
+        "--methods", default=",".join(FILES), help=f"also, for single edits, {', '.join(VECTOR_METHODS)}"
+    )
+    parser.add_argument(
+        "--losses", nargs="+", default=DEFAULT_LOSSES, help=f"by spaces, as token_loss spells them; {NO_KEY}: no key"
+    )
     parser.add_argument("--change", default="", help="hparams to change, as act_ratio=0.5;n_iter=30")
     parser.add_argument("--seed", type=int, default=0, help="which facts are edited")
     parser.add_argument("--out", type=Path, default=Path("easyedit-lab"))
@@ -208,12 +252,15 @@ def main() -> None:
     if "EASYEDIT_ROOT" not in os.environ:
         parser.error("set EASYEDIT_ROOT to a checkout of https://github.com/zjunlp/EasyEdit")
     methods = arguments.methods.split(",")
-    if unknown := set(methods) - set(FILES):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; methods: {', '.join(FILES)}")
+    vector_methods = [method for method in methods if method in VECTOR_METHODS]
+    if unknown := set(methods) - set(FILES) - set(VECTOR_METHODS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; methods: {', '.join((*FILES, *VECTOR_METHODS))}")
+    if vector_methods and arguments.in_a_row:
+        parser.error(f"--in-a-row is not for {', '.join(vector_methods)}")
     try:
         for method in methods:
-            for loss in arguments.losses:
-                choose(loss, FILES[method])
+            for loss in set(arguments.losses) - {NO_KEY}:
+                BY_NAME[method].choose(loss)
     except ValueError as error:
         parser.error(str(error))
     out = arguments.out.resolve()
@@ -223,12 +270,15 @@ def main() -> None:
     jobs = [replace(template, method=method, loss=loss) for method in methods for loss in arguments.losses]
     lab_model = load_or_train(WorldCorpus(build_world(0)))
     lab_model.knowledge.require()
+    model = str(lab_model.path)
+    if vector_jobs := [job for job in jobs if job.method in VECTOR_METHODS]:
+        prepare(vector_jobs, model, out)
     with (
         Progress(console=Console(stderr=True)) as progress,
         get_context("spawn").Pool(arguments.workers, maxtasksperchild=1) as pool,
     ):
         bar = progress.add_task("jobs", total=len(jobs))
-        for finished in pool.imap_unordered(partial(perform, model=str(lab_model.path), out=out), jobs):
+        for finished in pool.imap_unordered(partial(perform, model=model, out=out), jobs):
             progress.update(bar, advance=1, description=finished)
     rows = summary(jobs, out)
     record = {"command": sys.argv, "rows": rows}

@@ -1,0 +1,59 @@
+"""The hparams of the methods that optimise one vector, for the lab's small model.
+
+EasyEdit has a file for each but CORE, though not for one model: what a method shares with MEMIT or AlphaEdit comes from
+their files for LLaMA-3.2-3b, and the rest is below.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from framework import HPARAMS, Config, load_config
+
+OF_RELATIVE = {"EMMET": "MEMIT", "CORE": "MEMIT", "EAMET": "MEMIT", "PMET": "MEMIT", "SPHERE": "AlphaEdit"}
+"""Whose file a method without one of its own takes."""
+
+OWN: dict[str, Config] = {
+    "EMMET": {"mom2_update_weight": 100_000, "update_norm_lambda": 0, "emmet_lambda": 0.1},
+    "EAMET": {
+        "ks_bs": 1,
+        "clamp_ks_factor": 1,
+        "cs_factor": 1,
+        "mse_factor": 1,
+        "tau": 0.07,
+        "norm_factor": 1e-3,
+        "delta_init": "target_init",
+        "weight_decay_method": "norm",
+    },
+    "PMET": {
+        "clamp_norm_factor": 1,
+        "v_weight_decay": 0.5,
+        "rewrite_module_tmps": ["model.layers.{}.mlp.down_proj"],
+        "mlp_module_tmp": "model.layers.{}.mlp.down_proj",
+        "attn_module_tmp": "model.layers.{}.self_attn.o_proj",
+        "nll_loss_factor": 1,
+    },
+    "SPHERE": {"cumulative_ratio": 0.5, "suppression_strength": 0.5},
+    "CORE": {"reg_lambda": 0.1, "layer_range": 1},
+}
+"""EasyEdit's values beyond the relative's; CORE's, of which it has none, are ours."""
+
+_LESS_TO_KEEP: Config = {"mom2_update_weight": 50}
+_MORE_ROOM: Config = {"v_lr": 0.5, "clamp_norm_factor": 4, "v_weight_decay": 1e-3, "nullspace_threshold": 0.5}
+
+SMALL: dict[str, Config] = {
+    **dict.fromkeys(("MEMIT", "EMMET", "CORE", "EAMET"), _LESS_TO_KEEP),
+    "PMET": _LESS_TO_KEEP | {"clamp_norm_factor": 4},
+    **dict.fromkeys(("AlphaEdit", "SPHERE"), _MORE_ROOM),
+}
+"""What the lab's model wants otherwise, chosen on edits with another seed than the reported ones."""
+
+
+def vector_config(method: str, model: str, texts: int, statistics: Path, **changes: Any) -> Config:
+    """A method's config for the lab's model, with the second moments of so many texts in the folder of statistics."""
+    file = OF_RELATIVE.get(method, method).lower()
+    config = load_config(HPARAMS / f"{file}-llama-3.2-3b-instruct.yaml", model)
+    own = {"alg_name": method, "stats_dir": str(statistics), "mom2_n_samples": texts}
+    config |= own | OWN.get(method, {}) | SMALL.get(method, {}) | changes
+    return config
