@@ -359,6 +359,25 @@ def easyedit_gemma_vstar() -> pd.DataFrame:
     return found
 
 
+@table
+def easyedit_lab_vstar() -> pd.DataFrame:
+    """The same on the lab's model: the average and in brackets the reliability, then the difference."""
+    found = against_no_key("easyedit-lab-vstar")
+    differences = found[DIFFERENCE].map(lambda text: text and f": {text}")
+    cells = [f"{row.average} ({row.Rel})" for row in found.itertuples()]
+    return wide(found.assign(case=found.method, contender=found["`token_loss`"], cell=cells + differences))
+
+
+@table
+def easyedit_lab_vstar_measures() -> pd.DataFrame:
+    """Each measure over the edits of all methods."""
+    means = read_edits("easyedit-lab-vstar").groupby("token_loss", sort=False)[[*MEASURES]].mean().reset_index()
+    return columns({"`token_loss`": means.token_loss.tolist()} | by_measure(means))
+
+
+DIFFERENCE = "difference an edit (standard error)"
+
+
 def against_no_key(name: str) -> pd.DataFrame:
     """Measures by method and key, and the difference to the same edits without the key."""
     edits = read_edits(name).set_index(["method", "token_loss", "case"])
@@ -370,7 +389,7 @@ def against_no_key(name: str) -> pd.DataFrame:
         differences.append("" if token_loss == "no key" else f"{gains.mean():+.1f} ({gains.sem():.1f})")
     keys = means.token_loss.replace({EARLIER: "recommended earlier"})
     named = {"method": means.method.tolist(), "`token_loss`": keys.tolist()}
-    return columns(named | by_measure(means) | {"difference an edit (standard error)": differences})
+    return columns(named | by_measure(means) | {DIFFERENCE: differences})
 
 
 @table

@@ -37,7 +37,7 @@ CLASSES = {
 VECTOR_METHODS = ("ROME", "R-ROME", "MEMIT", "EMMET", "AlphaEdit", "SPHERE", "CORE", "EAMET", "PMET")
 """Those that optimise one vector."""
 
-NOT_TAKEN_BACK = ("MELO", "EMMET")
+NOT_TAKEN_BACK = ("MELO", "EMMET", "UnKE")
 """Their single edits stay in the editor's model."""
 
 KEEP_KEYS = ("AlphaEdit", "SPHERE")

@@ -28,7 +28,6 @@ from framework import (
     KEEP_KEYS,
     MEASURES,
     NOT_TAKEN_BACK,
-    VECTOR_METHODS,
     Config,
     Request,
     average,
@@ -44,6 +43,8 @@ from framework import (
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from unke import UnkeEditor
+from vector_hparams import METHODS as VECTOR_METHODS
 from vector_hparams import vector_config
 
 from overtone.easyedit.methods import BY_NAME
@@ -152,6 +153,19 @@ def prepare(jobs: list[Job], model: str, out: Path) -> None:
         subprocess.run([*program, *arguments], cwd=elsewhere, check=True, stdout=subprocess.DEVNULL)
 
 
+def open_editor(job: Job, model: str, out: Path) -> Any:
+    """EasyEdit's editor of the job's method, or what stands in its place."""
+    from easyeditor import BaseEditor
+
+    config = config_of(job, model, out)
+    if job.method == "UnKE":
+        return UnkeEditor(config, texts())
+    editor = BaseEditor.from_hparams(load_hparams(config))
+    if job.method == "PMET":
+        mend_pmet(editor)
+    return editor
+
+
 def perform(job: Job, model: str, out: Path) -> str:
     """Run one job, appending each finished edit to its file."""
     os.chdir(tempfile.mkdtemp())
@@ -181,9 +195,7 @@ def perform(job: Job, model: str, out: Path) -> str:
             start = time.perf_counter()
             with quiet():
                 if editor is None or job.method in NOT_TAKEN_BACK:
-                    editor = BaseEditor.from_hparams(load_hparams(config_of(job, model, out)))
-                    if job.method == "PMET":
-                        mend_pmet(editor)
+                    editor = open_editor(job, model, out)
                 if job.method in KEEP_KEYS:
                     forget_keys(editor)
                 metrics, _ = edit(editor, [requests[case]], sequential=False)

@@ -9,9 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from framework import HPARAMS, Config, load_config
+import unke
+from framework import HPARAMS, VECTOR_METHODS, Config, load_config
 
-OF_RELATIVE = {"EMMET": "MEMIT", "CORE": "MEMIT", "EAMET": "MEMIT", "PMET": "MEMIT", "SPHERE": "AlphaEdit"}
+METHODS = (*VECTOR_METHODS, "UnKE")
+
+OF_RELATIVE = {**dict.fromkeys(("EMMET", "CORE", "EAMET", "PMET", "UnKE"), "MEMIT"), "SPHERE": "AlphaEdit"}
 """Whose file a method without one of its own takes."""
 
 OWN: dict[str, Config] = {
@@ -35,6 +38,7 @@ OWN: dict[str, Config] = {
         "nll_loss_factor": 1,
     },
     "SPHERE": {"cumulative_ratio": 0.5, "suppression_strength": 0.5},
+    "UnKE": unke.OWN,
     "CORE": {"reg_lambda": 0.1, "layer_range": 1},
 }
 """EasyEdit's values beyond the relative's; CORE's, of which it has none, are ours."""

@@ -1,0 +1,91 @@
+"""The example that runs EasyEdit's methods on the lab's world: what it tells EasyEdit, without EasyEdit."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples" / "easyedit"
+
+
+@pytest.fixture
+def lab(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.delenv("EASYEDIT_ROOT", raising=False)
+    return importlib.import_module("lab")
+
+
+@pytest.fixture
+def framework(lab):
+    return importlib.import_module("framework")
+
+
+@pytest.fixture
+def config_of(lab, tmp_path):
+    """The config of a method on a model of three layers."""
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 3}))
+
+    def config_of(method, loss="overtone", changes=""):
+        return lab.config_of(lab.Job(method, loss, 1, False, 0, changes), str(tmp_path), tmp_path / "out")
+
+    return config_of
+
+
+class TestConfig:
+    """A method's config on the lab's model."""
+
+    def test_edits_the_first_layer_and_reads_the_last(self, framework, config_of):
+        for method in framework.VECTOR_METHODS:
+            config = config_of(method)
+            assert (config["alg_name"], config["layers"], config["v_loss_layer"]) == (method, [0], 2)
+
+    def test_second_moments_are_those_of_the_worlds_texts(self, lab, config_of, tmp_path):
+        config = config_of("MEMIT")
+        assert config["stats_dir"] == str(tmp_path / "out" / "statistics")
+        assert config["mom2_n_samples"] == len(lab.texts())
+
+    def test_without_a_loss_has_no_key(self, lab, config_of):
+        for method in ("FT", "ROME"):
+            assert "token_loss" not in config_of(method, lab.NO_KEY)
+            assert config_of(method, "overtone")["token_loss"] == "overtone"
+
+    def test_changes_come_last(self, config_of):
+        assert config_of("AlphaEdit", changes="v_lr=0.1;layers=[1]")["v_lr"] == 0.1
+
+    def test_every_text_is_a_line_of_the_file_that_the_moments_are_made_of(self, lab):
+        assert all(text.strip() and len(text.splitlines()) == 1 for text in lab.texts())
+
+
+def test_pmet_is_padded_on_the_right_and_sees_a_space_before_its_targets(framework):
+    seen = []
+    editor = SimpleNamespace(
+        tok=SimpleNamespace(padding_side="left"), apply_algo=lambda model, tok, requests, **_: seen.extend(requests)
+    )
+    requests = [{"prompt": "The capital of Ardan is", "target_new": "Tass"}]
+    framework.mend_pmet(editor)
+    editor.apply_algo(None, None, requests, copy=False)
+    assert editor.tok.padding_side == "right"
+    assert seen == [{"prompt": "The capital of Ardan is", "target_new": " Tass"}]
+    assert requests[0]["target_new"] == "Tass"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "ROME", "--in-a-row", "3"], "--in-a-row is not for ROME"),
+        (["--methods", "UnKE"], "unknown: UnKE"),
+        (["--methods", "ROME", "--losses", "none", "cross_entropy:anchor=1"], "anchor=1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refuses_what_it_cannot_run(lab, monkeypatch, capsys, arguments, message):
+    monkeypatch.setenv("EASYEDIT_ROOT", "/nowhere")
+    monkeypatch.setattr(sys, "argv", ["lab.py", *arguments])
+    with pytest.raises(SystemExit):
+        lab.main()
+    assert message in capsys.readouterr().err
