@@ -363,32 +363,37 @@ def easyedit_gemma_vstar() -> pd.DataFrame:
 def easyedit_lab_vstar() -> pd.DataFrame:
     """The same on the lab's model: the average and in brackets the reliability, then the difference."""
     found = against_no_key("easyedit-lab-vstar")
-    differences = found[DIFFERENCE].map(lambda text: text and f": {text}")
+    gains = found[DIFFERENCE].map(lambda text: text and f": {text}")
     cells = [f"{row.average} ({row.Rel})" for row in found.itertuples()]
-    return wide(found.assign(case=found.method, contender=found["`token_loss`"], cell=cells + differences))
+    return wide(found.assign(case=found.method, contender=found[KEY], cell=cells + gains))
 
 
 @table
 def easyedit_lab_vstar_measures() -> pd.DataFrame:
-    """Each measure over the edits of all methods."""
-    means = read_edits("easyedit-lab-vstar").groupby("token_loss", sort=False)[[*MEASURES]].mean().reset_index()
-    return columns({"`token_loss`": means.token_loss.tolist()} | by_measure(means))
+    """The mean over the methods with EasyEdit's number of steps, as if it were one method."""
+    edits = read_edits("easyedit-lab-vstar")
+    edits = edits[~edits.method.str.contains("steps")]
+    return against_no_key_of(edits.assign(method="all")).drop(columns="method")
 
 
-DIFFERENCE = "difference an edit (standard error)"
+KEY, DIFFERENCE = "`token_loss`", "difference an edit (standard error)"
 
 
 def against_no_key(name: str) -> pd.DataFrame:
     """Measures by method and key, and the difference to the same edits without the key."""
-    edits = read_edits(name).set_index(["method", "token_loss", "case"])
-    means = edits.groupby(level=["method", "token_loss"], sort=False).mean().reset_index()
-    by_case = edits.average.unstack("case")
+    return against_no_key_of(read_edits(name))
+
+
+def against_no_key_of(edits: pd.DataFrame) -> pd.DataFrame:
+    """`against_no_key`, of edits that were read; several of one method, key and case count as their mean."""
+    means = edits.groupby(["method", "token_loss"], sort=False)[[*MEASURES]].mean().reset_index()
+    by_case = edits.pivot_table(index=["method", "token_loss"], columns="case", values="average")
     differences = []
     for method, token_loss in zip(means.method, means.token_loss, strict=True):
         gains = by_case.loc[(method, token_loss)] - by_case.loc[(method, "no key")]
         differences.append("" if token_loss == "no key" else f"{gains.mean():+.1f} ({gains.sem():.1f})")
     keys = means.token_loss.replace({EARLIER: "recommended earlier"})
-    named = {"method": means.method.tolist(), "`token_loss`": keys.tolist()}
+    named = {"method": means.method.tolist(), KEY: keys.tolist()}
     return columns(named | by_measure(means) | {DIFFERENCE: differences})
 
 
