@@ -78,7 +78,7 @@ def test_pmet_is_padded_on_the_right_and_sees_a_space_before_its_targets(framewo
     ("arguments", "message"),
     [
         (["--methods", "ROME", "--in-a-row", "3"], "--in-a-row is not for ROME"),
-        (["--methods", "UnKE"], "unknown: UnKE"),
+        (["--methods", "UnKE_ARE"], "unknown: UnKE_ARE"),
         (["--methods", "ROME", "--losses", "none", "cross_entropy:anchor=1"], "anchor=1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
