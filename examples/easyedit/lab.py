@@ -120,7 +120,7 @@ def requests_of(count: int, seed: int) -> list[Request]:
 
 
 def texts() -> list[str]:
-    """What the lab's model knows, for the second moments."""
+    """What the lab's model knows: for the second moments, and for UnKE to keep."""
     return WorldCorpus(build_world(0)).training_texts()
 
 

@@ -7,7 +7,6 @@ their files for LLaMA-3.2-3b, and the rest is below.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import unke
 from framework import HPARAMS, VECTOR_METHODS, Config, load_config
@@ -44,6 +43,7 @@ OWN: dict[str, Config] = {
 """EasyEdit's values beyond the relative's; CORE's, of which it has none, are ours."""
 
 _LESS_TO_KEEP: Config = {"mom2_update_weight": 50}
+# The first three are EasyEdit's for Qwen2.5.
 _MORE_ROOM: Config = {"v_lr": 0.5, "clamp_norm_factor": 4, "v_weight_decay": 1e-3, "nullspace_threshold": 0.5}
 
 SMALL: dict[str, Config] = {
@@ -54,10 +54,10 @@ SMALL: dict[str, Config] = {
 """What the lab's model wants otherwise, chosen on edits with another seed than the reported ones."""
 
 
-def vector_config(method: str, model: str, texts: int, statistics: Path, **changes: Any) -> Config:
+def vector_config(method: str, model: str, texts: int, statistics: Path) -> Config:
     """A method's config for the lab's model, with the second moments of so many texts in the folder of statistics."""
     file = OF_RELATIVE.get(method, method).lower()
     config = load_config(HPARAMS / f"{file}-llama-3.2-3b-instruct.yaml", model)
     own = {"alg_name": method, "stats_dir": str(statistics), "mom2_n_samples": texts}
-    config |= own | OWN.get(method, {}) | SMALL.get(method, {}) | changes
+    config |= own | OWN.get(method, {}) | SMALL.get(method, {})
     return config
