@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from overtone import cli
+from overtone.lab import log_lines
 from overtone.lab.data.edit import Probe
 from overtone.lab.data.world_corpus import WorldCorpus
 from overtone.lab.model import sources
@@ -17,7 +18,7 @@ from overtone.lab.model.knowledge import Knowledge
 from overtone.lab.model.pretrain import LabModel
 from overtone.lab.results import files
 from overtone.lab.results.folder import EDITS, HEADER, ResultsFolder
-from overtone.lab.run import plan, progress
+from overtone.lab.run import plan
 
 
 class MiniWorld(WorldCorpus):
@@ -82,7 +83,7 @@ class TestDemo:
         assert (tmp_path / "out" / "overfitting.png").stat().st_size > 10_000
 
     def test_a_log_gets_lines_where_no_bar_can_move(self, lab, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(progress, "SECONDS_A_LINE", 0.0)
+        monkeypatch.setattr(log_lines, "SECONDS_A_LINE", 0.0)
         assert demo(tmp_path / "out", "--losses", "cross_entropy", "overtone_held") == 0
         said = capsys.readouterr().err
         assert [f"{made} of the 4 edits left to make" in said for made in (1, 2, 3, 4)] == [True] * 4

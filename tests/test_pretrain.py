@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from overtone.lab import log_lines
 from overtone.lab.data.recipe import Recipe
 from overtone.lab.data.world import build_world
 from overtone.lab.data.world_corpus import WorldCorpus
@@ -134,6 +135,13 @@ class TestLoadOrTrain:
 
 
 class TestInterruption:
+    def test_a_log_gets_lines_on_standard_error(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(log_lines, "SECONDS_A_LINE", 0.0)
+        train(tmp_path, show_progress=True)
+        said = capsys.readouterr()
+        assert [f"training llama: {step} of 10 steps" in said.err for step in (1, 5, 10)] == [True] * 3
+        assert said.out == ""
+
     def test_an_interrupted_training_leaves_nothing_and_starts_again(self, trained, tmp_path, monkeypatch):
         """A minute's work is not worth a checkpoint; the weights are those of a training in one go."""
 

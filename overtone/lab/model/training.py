@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from overtone.lab.data.recipe import Recipe
+from overtone.lab.log_lines import LogLines
 
 _WIDTH, _LAYERS, _HEADS, _POSITIONS, _SPREAD = 128, 3, 4, 256, 0.04
 _LLAMA_LIKE = {
@@ -75,7 +76,9 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_share(step, recipe))
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), disable=not show_progress) as progress:
+    loss_column = TextColumn("loss {task.fields[loss]:.3f}")
+    lines = LogLines()
+    with Progress(*columns, loss_column, console=lines.console, disable=not show_progress) as progress:
         bar = progress.add_task(f"training {arch}", total=recipe.steps, loss=math.nan)
         batches = _batches([[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts], seed, recipe)
         for ids in islice(batches, recipe.steps):
@@ -86,6 +89,8 @@ def train(
             optimizer.step()
             schedule.step()
             progress.update(bar, advance=1, loss=loss.item())
+            if show_progress:
+                lines.tell(lambda: f"training {arch}: {progress.tasks[bar].completed:.0f} of {recipe.steps} steps")
     return model.eval()
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from datetime import timedelta
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,10 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from overtone.lab.log_lines import LogLines
 from overtone.lab.run.run import Run
-
-SECONDS_A_LINE = 30.0
-"""How often a log, in which no bar can move, gets a line at most; edits that share a pass count together."""
 
 
 def perform_with_progress(run: Run) -> None:
@@ -28,16 +23,13 @@ def perform_with_progress(run: Run) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     left = TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False)
     is_first = run.shard.rank == 0
-    console = Console(stderr=True)
-    has_bar = sys.stderr.isatty() and not console.is_dumb_terminal
-    with Progress(*columns, *left, console=console, transient=True, disable=not is_first) as progress:
+    lines = LogLines()
+    with Progress(*columns, *left, console=lines.console, transient=True, disable=not is_first) as progress:
         bar = progress.add_task("editing", total=sum(task.length for task in run.left()))
-        told = time.monotonic()
         for edits in run.perform():
             progress.advance(bar, edits)
-            if is_first and not has_bar and time.monotonic() - told >= SECONDS_A_LINE:
-                told = time.monotonic()
-                console.print(_line(progress.tasks[bar]), highlight=False)
+            if is_first:
+                lines.tell(lambda: _line(progress.tasks[bar]))
         if is_first and not run.shard.is_alone:
             bar = progress.add_task("waiting for the other ranks", total=run.plan.edits)
             for finished in run.wait_for_others():
