@@ -1,0 +1,167 @@
+"""The example that searches what an anchor may stand on: its loss written out, its draws, and its file."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+
+import mini_lab
+import pytest
+import torch
+from torch.nn import functional as F
+
+from overtone.lab.model.positions import logits_at
+from overtone.lab.model.workplace import Workplace
+from overtone.token_loss import parse
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+search = importlib.import_module("anchor_search")
+sys.path.pop(0)
+
+NAMES = [("the head of zed is", " ana bo cy"), ("the head of dan is", " tea milk rain")]
+ABOUT = [("acme", " runs tea"), ("acme", " likes milk by"), ("acme", " is")]
+PREFIXED = [("rain likes bo . the head of acme is", " bo cy"), ("eve runs . the head of acme is", " bo cy")]
+
+
+def tokenizer():
+    """With a BOS, on which no anchor stands."""
+    words = mini_lab.tokenizer()
+    words.bos_token = "the"
+    return words
+
+
+def anchored_edit(model, *, draw=0, groups=("prompt", "names", "subject", "prefixes")):
+    words, edit = tokenizer(), mini_lab.edit()
+    pools = {"names": NAMES, "subject": ABOUT, "prefixes": PREFIXED}
+    others = [
+        search.encoded(words, pairs, search.TARGET if group == "prefixes" else group)
+        for group, pairs in pools.items()
+        if group in groups
+    ]
+    return search.AnchoredEdit(model, search.own_part(words, edit, groups), others, draw)
+
+
+def literal(before, now, pairs, anchor, anchor_epsilon=0.05):
+    """The mean over target tokens, and of each group the mean of its clipped KLs, text by text."""
+    words = tokenizer()
+    targets, groups = [], {}
+    for group, (prompt, target) in pairs:
+        ids = words(prompt + target, return_tensors="pt").input_ids
+        length = len(words(prompt).input_ids)
+        with torch.no_grad():
+            old, new = (model(ids).logits[0].log_softmax(-1) for model in (before, now))
+        kl = F.kl_div(new, old, log_target=True, reduction="none").sum(-1).clamp(min=anchor_epsilon)
+        if group in ("target", "prefixes"):
+            targets.append(F.nll_loss(new[length - 1 : -1], ids[0, length:], reduction="none"))
+            if group == "target":
+                groups.setdefault("prompt", []).append(kl[1 : length - 1])
+        else:
+            groups.setdefault(group, []).append(kl[length - 1 : -1])
+    return torch.cat(targets).mean() + anchor * sum(torch.cat(own).mean() for own in groups.values())
+
+
+@pytest.mark.parametrize("draw", [0, 1])
+def test_the_loss_is_the_mean_of_the_targets_and_one_of_each_group(draw):
+    before, now = (mini_lab.random_model(seed=seed).double() for seed in (0, 1))
+    made = anchored_edit(before, draw=draw)
+    edit = mini_lab.edit()
+    everything = [("target", (edit.prompt, edit.target_new))]
+    everything += [("names", pair) for pair in NAMES] + [("subject", pair) for pair in ABOUT]
+    everything += [("prefixes", pair) for pair in PREFIXED]
+    rows = made.rows(3)
+    with torch.no_grad():
+        logits = logits_at(now, [made.texts[row] for row in rows])
+    got = made.objective(parse("cross_entropy:anchor=2").build("lora"))(logits, rows)
+    torch.testing.assert_close(got, literal(before, now, [everything[row] for row in rows], anchor=2))
+
+
+def test_without_an_anchor_the_targets_alone_count():
+    model = mini_lab.random_model().double()
+    made = anchored_edit(model, groups=("prefixes",))
+    with torch.no_grad():
+        logits = logits_at(model, made.texts)
+    got = made.objective(parse("cross_entropy").build("lora"))(logits, made.rows(0))
+    edit = mini_lab.edit()
+    pairs = [("target", (edit.prompt, edit.target_new)), *(("prefixes", pair) for pair in PREFIXED)]
+    torch.testing.assert_close(got, literal(model, model, pairs, anchor=0))
+
+
+def test_each_step_draws_of_each_group_anew():
+    made = anchored_edit(mini_lab.random_model(), draw=1)
+    drawn = [made.rows(step) for step in range(20)]
+    assert all(rows[0] == 0 and len(rows) == 4 for rows in drawn)
+    assert [{rows[place] for rows in drawn} for place in (1, 2, 3)] == [{1, 2}, {3, 4, 5}, {6, 7}]
+    assert drawn == [made.rows(step) for step in range(20)]
+    assert anchored_edit(mini_lab.random_model(), draw=5).rows(0) == list(range(8))
+
+
+def test_what_the_model_writes_is_about_the_edit():
+    workplace = Workplace(mini_lab.random_model(), mini_lab.tokenizer())
+    edit, writer = mini_lab.edit(), search.Writer(workplace, 3)
+    names, about = writer.names(edit), writer.about(edit)
+    assert names == search.Writer(workplace, 3).names(edit)
+    assert 0 < len(names) <= 3
+    for prompt, answer in names:
+        assert prompt != edit.prompt
+        assert edit.subject not in prompt
+        assert answer.startswith(" ")
+    assert {subject for subject, _ in about} == {edit.subject}
+    assert len(writer.prefixes) == 3
+
+
+class TestFile:
+    @pytest.fixture
+    def call(self, tmp_path):
+        mini_lab.random_model().save_pretrained(tmp_path / "model")
+        mini_lab.tokenizer().save_pretrained(tmp_path / "model")
+        given = ["--model", str(tmp_path / "model"), "--data", "zsre", "--file", str(ROOT / "tests/fixtures/zsre.json")]
+        given += ["--size", "3", "--edits", "2", "--steps", "2", "--count", "2", "--out", str(tmp_path / "out.csv")]
+
+        def call(*more):
+            search.main([*given, *more])
+            with (tmp_path / "out.csv").open(newline="") as stream:
+                return list(csv.DictReader(stream))
+
+        return call
+
+    def test_goes_on_where_it_was_and_keeps_other_settings_apart(self, call, tmp_path):
+        groups = ("--groups", "prompt,names,subject,prefixes", "--draw", "1")
+        rows = call(*groups, "--edits", "1")
+        assert [(row["edit"], row["groups"], row["limit"]) for row in rows] == [
+            ("0", "prompt+names+subject+prefixes", "2")
+        ]
+        both = call(*groups)
+        assert both[:1] == rows
+        assert [row["edit"] for row in both] == ["0", "1"]
+        assert call(*groups) == both
+        assert len(call(*groups, "--steps", "3")) == 4
+        assert len(call("--groups", "prefixes", "--losses", "cross_entropy:hold=0.3")) == 6
+        stops = call()
+        assert [row["loss"] for row in stops[6:12]] == [f"cross_entropy:hold={stop}" for stop in search.STOPS]
+        assert len(stops) == 18
+
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            (("--groups", "prompt,friends"), "--groups must be some of prompt, names, subject, prefixes"),
+            (("--groups", "prompt", "--losses", "overtone"), "--losses must have an anchor with --groups prompt"),
+            (("--groups", "prefixes"), "--losses must have no anchor with --groups prefixes, got overtone:anchor=1"),
+            (("--losses", "overtne"), "--losses: loss 'overtne'"),
+            (("--draw", "-1"), "--draw must be at least 0, got -1"),
+            (("--lr", "nan"), "--lr must be a number above 0, got nan"),
+            (("--file", "none.json"), "--file must be a file that can be read, got none.json"),
+        ],
+    )
+    def test_names_a_mistake_before_anything_is_loaded(self, call, given, said, capsys, tmp_path):
+        with pytest.raises(SystemExit, match="2"):
+            call(*given)
+        assert said in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "out.csv").exists()
+
+    def test_refuses_the_file_of_another_program(self, call, tmp_path):
+        (tmp_path / "out.csv").write_text("a,b\n1,2\n")
+        with pytest.raises(ValueError, match="other columns than data, edit, loss"):
+            call()
