@@ -221,22 +221,29 @@ def gemma_breadth() -> pd.DataFrame:
 
 @table
 def anchor_search() -> pd.DataFrame:
-    """Anchors on several groups of texts, over the edits that every row of a data set has, and minus its best stop."""
+    """Anchors on several groups of texts, and minus cross-entropy held at 0.3 and at the data set's best stop."""
     edits = read_edits("real/gemma-3-270m-anchor-search").fillna({"groups": ""})
     found = []
     for data, own in edits.groupby("data", sort=False):
         wide_edits = own.pivot(index="edit", columns=["loss", "groups"], values="average").dropna()
         shared = own[own.edit.isin(wide_edits.index)]
         means = shared.groupby(["loss", "groups"], sort=False)[[*MEASURES, "kl", "steps"]].mean()
-        stops = [key for key in means.index if not key[1]]
-        best = max(stops, key=lambda key: means.average[key])
+        best = max((key for key in means.index if not key[1]), key=lambda key: means.average[key])
+        rivals = {"minus held at 0.3": ("cross_entropy:hold=0.3", ""), "minus the best stop": best}
         for (loss, groups), row in means.iterrows():
-            last = difference(pd.Series(mean_gain(wide_edits[loss, groups] - wide_edits[best], wide_edits.index)))
-            titles = {"data": data_title(data), "loss": title_of(loss), "stands on": groups.replace("+", ", ")}
-            measures = {title: number(row[name]) for name, title in MEASURES.items()}
-            others = {"KL on locality": number(row.kl, 2), "steps": number(row.steps), "edits": str(len(wide_edits))}
-            is_best = (loss, groups) == best
-            found.append(titles | measures | others | {"minus the best stop": "" if is_best else last})
+            found.append(
+                {"data": data_title(data), "loss": title_of(loss), "texts": groups.replace("+", ", ")}
+                | {title: number(row[name]) for name, title in MEASURES.items()}
+                | {"KL on locality": number(row.kl, 2), "steps": number(row.steps), "edits": str(len(wide_edits))}
+                | {
+                    title: ""
+                    if rival == (loss, groups)
+                    else difference(
+                        pd.Series(mean_gain(wide_edits[loss, groups] - wide_edits[rival], wide_edits.index))
+                    )
+                    for title, rival in rivals.items()
+                }
+            )
     return pd.DataFrame(found)
 
 

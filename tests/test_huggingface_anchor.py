@@ -37,6 +37,13 @@ def batch_of(model: Any) -> dict[str, Tensor]:
     return batch
 
 
+def some_groups() -> Tensor:
+    """Two groups of some of the positions of `batch_of` that may stay."""
+    groups = torch.zeros(4, 9, dtype=torch.long)
+    groups[0, :3], groups[2, 1], groups[3, 1:4], groups[3, 0] = 1, 4, 4, 1
+    return groups
+
+
 def lora(model: Any, **settings: Any) -> Any:
     """With an adapter that has moved the model away from where it was."""
     torch.manual_seed(1)
@@ -112,6 +119,44 @@ class TestAttached:
         torch.testing.assert_close(gradients_of(loss, model), gradients_of(expected, model))
         targets_alone = literal_loss(model, unedited, batch, OverToneConfig())
         assert (loss - targets_alone).abs() > 0.1
+
+    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize("reference", ["adapter", "model", "logits"])
+    def test_each_of_the_callers_groups_has_a_mean_of_its_own(self, reference, fused):
+        unedited = tiny_models.build(sharpness=3)
+        batch, groups = batch_of(unedited), some_groups()
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        model = lora(copy.deepcopy(unedited))
+        with torch.no_grad():
+            before = unedited(**inputs).logits
+        labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        anchors = [Anchors.record(before, groups == group) for group in (1, 4)]
+        expected = overtone_loss(model(**inputs).logits, labels, anchors=anchors, **CONFIG.as_kwargs())
+        given = {"reference_logits": before} if reference == "logits" else {}
+        with attach(model, CONFIG, reference=unedited if reference == "model" else reference, fused=fused):
+            loss = model(**batch, **given, anchor_groups=groups).loss
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(gradients_of(loss, model), gradients_of(expected, model))
+        assert (loss - literal_loss(model, unedited, batch)).abs() > 0.01
+
+    def test_one_group_of_all_that_may_stay_is_the_default(self):
+        model = lora(tiny_models.build(sharpness=3))
+        batch = batch_of(model)
+        may_stay = positions_that_stay(batch, batch["labels"], None, -100, None)
+        with attach(model, CONFIG, reference="adapter"):
+            assert torch.equal(model(**batch, anchor_groups=2 * may_stay.long()).loss, model(**batch).loss)
+
+    def test_groups_in_a_trainer(self, tmp_path):
+        """As a column of the dataset, which transformers' own collator pads no less than the labels."""
+        model = lora(tiny_models.build(sharpness=3))
+        batch = {**batch_of(model), "anchor_groups": some_groups()}
+        args = arguments(tmp_path, per_device_train_batch_size=4, remove_unused_columns=False)
+        with attach(model, CONFIG, reference="adapter"):
+            expected = gradients_of(model(**batch).loss, model)
+            found = trained_gradients(model, args, batch)
+        torch.testing.assert_close(
+            {name.removeprefix("module."): value for name, value in found.items()}, expected, rtol=1e-4, atol=1e-6
+        )
 
     @pytest.mark.parametrize("fused", [False, True])
     def test_top_k(self, fused):
@@ -456,6 +501,32 @@ class TestRefused:
         with attach(model, CONFIG, reference=Masked().requires_grad_(False)):
             assert model(**batch_of(model)).loss.isfinite()
 
+    @pytest.mark.parametrize(
+        ("groups", "error", "said"),
+        [
+            (some_groups()[:, 1:], ValueError, r"shape of the labels \(4, 9\), got \(4, 8\)"),
+            (some_groups() - 1, ValueError, "0 .none. or above, got -1"),
+            (some_groups().float(), TypeError, "whole numbers, 0 for none, got torch.float32"),
+            ([[1]], TypeError, "whole numbers, 0 for none, got list"),
+            (torch.nn.functional.one_hot(torch.tensor([3] * 4), 9), ValueError, "got 1 at position 3 of row 0"),
+            (torch.nn.functional.one_hot(torch.tensor([0, 6, 0, 0]), 9), ValueError, "got 1 at position 6 of row 1"),
+        ],
+    )
+    def test_groups_that_do_not_fit(self, groups, error, said):
+        """The last two stand where a target is predicted, and on padding."""
+        model = lora(tiny_models.build())
+        attached = attach(model, CONFIG, reference="adapter")
+        with attached, pytest.raises(error, match=f"anchor_groups must .*{said}"):
+            model(**batch_of(model), anchor_groups=groups)
+
+    def test_no_groups_at_all(self):
+        model = lora(tiny_models.build())
+        batch = batch_of(model)
+        attached = attach(model, CONFIG, reference="adapter")
+        with attached, pytest.warns(UserWarning, match="anchor_groups are all 0"):
+            loss = model(**batch, anchor_groups=torch.zeros_like(batch["labels"])).loss
+        torch.testing.assert_close(loss, literal_loss(model, model, batch, OverToneConfig()))
+
     def test_another_vocabulary(self):
         """Whose ids are all in range, so that nothing else would tell."""
         model, smaller = tiny_models.build(), tiny_models.build()
@@ -483,6 +554,8 @@ class TestRefused:
         for settings in ({}, {"config": CONFIG, "reference": "adapter"}):
             with attach(model, **settings), pytest.raises(ValueError, match="reference_logits"):
                 model(**batch, reference_logits=logits)
+        with attach(model), pytest.raises(ValueError, match="anchor_groups must be None"):
+            model(**batch, anchor_groups=some_groups())
         with attach(model, CONFIG, reference="adapter"):
             with pytest.raises(ValueError, match="loss_mask"):
                 model(**batch, loss_mask=torch.ones_like(batch["labels"]))

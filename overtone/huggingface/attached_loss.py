@@ -97,7 +97,7 @@ class AttachedLoss:
         vocabulary: int,
         *,
         fused: bool,
-    ) -> Anchors:
+    ) -> tuple[Anchors, ...]:
         """Recorded from the unedited model on the batch of the running forward."""
         batch = None if self.calls.current is None else self.calls.current.batch
         if batch is None or self.reference is None:

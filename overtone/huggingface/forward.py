@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from overtone.huggingface.attachment import Record
 
 RECORD = "_overtone_attachments"
+OF_THE_ANCHOR = frozenset(("reference_logits", "anchor_groups"))
+"""Arguments that no model takes."""
 
 
 class WatchedForward:
@@ -67,7 +69,7 @@ class WatchedForward:
             kwargs = {**kwargs, "skip_logits": False}
 
         call = Call(outer=record.calls.current)
-        if record.has_anchors or "reference_logits" in kwargs:
+        if record.has_anchors or not OF_THE_ANCHOR.isdisjoint(kwargs):
             kwargs = _take_batch(call, record, self, args, kwargs)
         record.calls.current = call
         try:
@@ -249,17 +251,24 @@ _items_that_count = torch.compiler.disable(items_that_count)
 def _take_batch(
     call: Call, record: Record, forward: WatchedForward, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Keep for anchors what a forward is called with; the arguments without reference_logits, which no model takes."""
-    kwargs = dict(kwargs)
-    logits = kwargs.pop("reference_logits", None)
-    if logits is not None and all(layer.function.reference != "logits" for layer in record.layers):
+    """Keep for anchors what a forward is called with; the arguments without those of the anchor."""
+    given = {name: kwargs[name] for name in OF_THE_ANCHOR if kwargs.get(name) is not None}
+    if "reference_logits" in given and all(layer.function.reference != "logits" for layer in record.layers):
         raise ValueError(
             f"reference_logits must be None for {type(forward.model).__name__}: its loss is not attached with "
             "reference='logits'"
         )
-    if logits is None and call.outer is not None and call.outer.batch is not None:
-        logits = call.outer.batch.reference_logits
-    call.batch = Batch(forward.model, forward.forward, args, kwargs, logits)
+    if "anchor_groups" in given and not record.has_anchors:
+        raise ValueError(
+            f"anchor_groups must be None for {type(forward.model).__name__}: its loss is not attached with an anchor"
+        )
+    kwargs = {name: value for name, value in kwargs.items() if name not in OF_THE_ANCHOR}
+    if call.outer is not None and call.outer.batch is not None:
+        outer = call.outer.batch
+        given = {name: getattr(outer, name) for name in OF_THE_ANCHOR} | given
+    call.batch = Batch(
+        forward.model, forward.forward, args, kwargs, given.get("reference_logits"), given.get("anchor_groups")
+    )
     return kwargs
 
 

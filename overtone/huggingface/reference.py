@@ -39,8 +39,9 @@ class Batch:
     Attributes:
         model: whose forward it is.
         forward: to call it again.
-        args, kwargs: its arguments, without reference_logits.
+        args, kwargs: its arguments, without those that follow.
         reference_logits: ``(batch, sequence, V)``, if they came with the batch.
+        anchor_groups: ``(batch, sequence)``, if they came with the batch.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Batch:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     reference_logits: Tensor | None
+    anchor_groups: Tensor | None = None
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -121,8 +123,8 @@ def record_anchors(
     like: Tensor,
     vocabulary: int,
     fused_head: FusedHead | None,
-) -> Anchors:
-    """The positions of a batch that must stay, and the unedited model's distributions there.
+) -> tuple[Anchors, ...]:
+    """The positions of a batch that must stay, group by group, and the unedited model's distributions there.
 
     Args:
         reference: the unedited model.
@@ -134,12 +136,15 @@ def record_anchors(
         fused_head: given, an adapter's reference makes no logits but those of a block of rows.
     """
     inputs = batch.inputs
-    at = positions_that_stay(inputs, labels, shift_labels, ignore_index, getattr(batch.model, "config", None))
-    at = at.to(like.device)
-    if not at.any():
+    own = positions_that_stay(inputs, labels, shift_labels, ignore_index, getattr(batch.model, "config", None))
+    own = own.to(like.device)
+    groups = [own] if batch.anchor_groups is None else _chosen_groups(batch.anchor_groups, own)
+    if not any(at.any() for at in groups):
         warnings.warn(
             "the anchor keeps nothing in a batch in which every token is a target or leads to one: give the prompts' "
-            "tokens the label -100",
+            "tokens the label -100"
+            if batch.anchor_groups is None
+            else "the anchor keeps nothing in a batch whose anchor_groups are all 0",
             stacklevel=2,
         )
     if reference == "adapter":
@@ -147,7 +152,9 @@ def record_anchors(
         with evaluating(batch.model), without_adapters(batch.model):
             if fused_head is not None:
                 hidden, head = fused_head.divert(batch.forward, inputs)
-                return Anchors.record_hidden(hidden, head.weight, at, bias=head.bias, top_k=top_k)
+                return tuple(
+                    Anchors.record_hidden(hidden, head.weight, at, bias=head.bias, top_k=top_k) for at in groups
+                )
             logits: Tensor = batch.forward(**inputs).logits
     elif isinstance(reference, nn.Module):
         with evaluating(reference):
@@ -161,13 +168,42 @@ def record_anchors(
             "reference_logits must be given to the model in every training step, since it is attached with "
             "reference='logits': the unedited model's logits for this batch, (batch, sequence, V)"
         )
-    if logits.shape[:-1] != at.shape:
+    if logits.shape[:-1] != own.shape:
         raise ValueError(
-            f"reference must give logits for the {tuple(at.shape)} positions of the labels, got {tuple(logits.shape)}"
+            f"reference must give logits for the {tuple(own.shape)} positions of the labels, got {tuple(logits.shape)}"
         )
     if logits.shape[-1] != vocabulary:
         raise ValueError(_another_vocabulary(logits.shape[-1], vocabulary))
-    return Anchors.record(logits.to(like.device), at, top_k=top_k)
+    logits = logits.to(like.device)
+    return tuple(Anchors.record(logits, at, top_k=top_k) for at in groups)
+
+
+def _chosen_groups(anchor_groups: Tensor, may_stay: Tensor) -> list[Tensor]:
+    """Where each group stands, ``(batch, sequence)``, bool; 0 is none.
+
+    Raises:
+        TypeError: anchor_groups are no whole numbers.
+        ValueError: they have another shape than the labels, are negative, or stand on a target, on a position whose
+            prediction is one, or on padding.
+    """
+    if not isinstance(anchor_groups, Tensor) or anchor_groups.is_floating_point() or anchor_groups.is_complex():
+        kind = anchor_groups.dtype if isinstance(anchor_groups, Tensor) else type(anchor_groups).__name__
+        raise TypeError(f"anchor_groups must be a tensor of whole numbers, 0 for none, got {kind}")
+    if anchor_groups.shape != may_stay.shape:
+        raise ValueError(
+            f"anchor_groups must have the shape of the labels {tuple(may_stay.shape)}, got {tuple(anchor_groups.shape)}"
+        )
+    anchor_groups = anchor_groups.to(may_stay.device)
+    if (anchor_groups < 0).any():
+        raise ValueError(f"anchor_groups must be 0 (none) or above, got {int(anchor_groups.min())}")
+    if (wrong := (anchor_groups > 0) & ~may_stay).any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"anchor_groups must be 0 at targets, where a target is predicted, and at padding, got "
+            f"{int(anchor_groups[row, column])} at position {column} of row {row}"
+        )
+    named = [group for group in anchor_groups.unique().tolist() if group > 0]
+    return [anchor_groups == group for group in named or (1,)]
 
 
 def positions_that_stay(
