@@ -11,8 +11,9 @@ Nothing but the edit's request and what the unedited model writes itself is used
 - subject: what the model writes on after the subject;
 - prefixes: no anchor, but the target once more behind texts that the model writes, as ROME's context templates are.
 
-Each group has a mean of its own in the loss. The edit's own text is in every step, of the others all or as many as
-`--draw` says. A row of the file is an edit with one loss; finished ones are kept, and the same command goes on.
+The texts are those of `overtone.huggingface.write_texts` and `EditTexts`. The edit's own is in every step, of each other
+group all or as many as `--draw` says, and each group has a mean of its own in the loss. A row of the file is an edit with
+one loss; finished ones are kept, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -20,157 +21,80 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import cycle, islice
+from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from overtone.anchor import Anchors
+from overtone.huggingface import EditTexts, write_texts
 from overtone.lab.data.corpora import open_corpus
 from overtone.lab.data.edit import Edit
 from overtone.lab.edit.families import Family
 from overtone.lab.edit.many import Job, OpenedWeights, Snapshot, fit_many
 from overtone.lab.edit.methods import METHODS, MethodSettings
-from overtone.lab.model.completion import complete
 from overtone.lab.model.positions import Text, logits_at
-from overtone.lab.model.targets import encode_targets
+from overtone.lab.model.targets import IGNORE_INDEX, encode_targets
 from overtone.lab.model.workplace import Workplace
 from overtone.lab.score.batched import examine_many, score_many
 from overtone.token_loss import EditLoss, parse
 
 STOPS = ("0.5", "0.3", "0.1", "0.05", "0.01", "correct")
-OPENINGS = ("The", "Therefore", "Because")
-TARGET = "target"
-ANCHORED = ("prompt", "names", "subject")
-GROUPS = (*ANCHORED, "prefixes")
+WRITTEN = {"names": "neighbours", "subject": "about", "prefixes": "prefixes"}
+"""The groups that the model writes, as `WrittenTexts` calls them."""
+GROUPS = ("prompt", *WRITTEN)
 FIELDS = ("data", "edit", "loss", "groups", "count", "draw", "lr", "limit", "steps", "rel", "gen", "por", "loc", "kl")
 KEY = FIELDS[: FIELDS.index("steps")]
 
 
-class Writer:
-    """What the unedited model writes around an edit."""
-
-    def __init__(self, workplace: Workplace, count: int) -> None:
-        """Take the model, and how many names, continuations and prefixes it proposes for each edit."""
-        self._model, self._tokenizer = workplace.model, workplace.tokenizer
-        self._count = count
-        openings = list(islice(cycle(OPENINGS), count))
-        torch.manual_seed(0)
-        self.prefixes = [
-            f"{opening} {said.rstrip('.')}. " for opening, said in zip(openings, self._say(openings), strict=True)
-        ]
-
-    def _say(self, prompts: Sequence[str], *, tokens: int = 10, temperature: float | None = 1.0) -> list[str]:
-        said = complete(self._model, self._tokenizer, prompts, tokens, temperature=temperature)
-        return [text.split("\n")[0].strip() for text in said]
-
-    def names(self, edit: Edit) -> list[tuple[str, str]]:
-        """The prompt asked of other names, and the model's answers."""
-        torch.manual_seed(0)
-        said = self._say([f"1. {edit.subject}\n2."] * (2 * self._count), tokens=8)
-        names = [name for name in dict.fromkeys(said) if name and name != edit.subject][: self._count]
-        prompts = [edit.prompt.replace(edit.subject, name) for name in names if edit.subject in edit.prompt]
-        answers = self._say(prompts, tokens=3, temperature=None) if prompts else []
-        return [(prompt, f" {answer}") for prompt, answer in zip(prompts, answers, strict=True) if answer]
-
-    def about(self, edit: Edit) -> list[tuple[str, str]]:
-        """The subject, and what the model writes on after it."""
-        torch.manual_seed(0)
-        openings = [edit.subject] * self._count
-        return [(opening, f" {said}") for opening, said in zip(openings, self._say(openings), strict=True) if said]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A text, and for each of its positions the group that it belongs to, or `TARGET`."""
-
-    text: Text
-    groups: tuple[str, ...]
-
-
-def own_part(tokenizer: Any, edit: Edit, groups: Sequence[str]) -> Part:
-    """The edit's own text: its target, and its prompt if that is one of the groups."""
-    (part,) = encoded(tokenizer, edit.pairs, TARGET)
-    if "prompt" not in groups:
-        return part
-    prompt = torch.arange(int(tokenizer.bos_token_id is not None), int(part.text.positions[0]))
-    return Part(Text(part.text.ids, torch.cat([prompt, part.text.positions])), ("prompt",) * len(prompt) + part.groups)
-
-
-def other_parts(tokenizer: Any, writer: Writer, edit: Edit, groups: Sequence[str]) -> list[list[Part]]:
-    """What the model has written, for each group that has something."""
-    found = []
-    if "names" in groups:
-        found.append(encoded(tokenizer, writer.names(edit), "names"))
-    if "subject" in groups:
-        found.append(encoded(tokenizer, writer.about(edit), "subject"))
-    if "prefixes" in groups:
-        pairs = [(prefix + edit.prompt, edit.target_new) for prefix in writer.prefixes]
-        found.append(encoded(tokenizer, pairs, TARGET))
-    return [parts for parts in found if parts]
-
-
-def encoded(tokenizer: Any, pairs: Sequence[tuple[str, str]], group: str) -> list[Part]:
-    """The texts with the positions that predict what follows the prompts; one that tokenises otherwise is left out."""
-    found = []
-    for pair in pairs:
-        try:
-            batch = encode_targets(tokenizer, [pair])
-        except ValueError:
-            continue
-        text = Text.before(batch.input_ids[0], batch.labels[0] >= 0)
-        found.append(Part(text, (group,) * len(text.positions)))
-    return found
-
-
 class AnchoredEdit:
-    """An edit's own text and others, some of which take part in a step, with the unedited model's logits."""
+    """An edit's texts, some of which take part in a step, with the unedited model's logits."""
 
-    def __init__(self, model: Any, own: Part, others: Sequence[Sequence[Part]], draw: int) -> None:
-        """Take the texts, of which a step has the own one and `draw` of each list of others; 0: all of them."""
-        self._parts = [own, *(part for parts in others for part in parts)]
-        self._others = others
-        self._draw = draw
-        self.texts = tuple(part.text for part in self._parts)
+    def __init__(self, model: Any, texts: EditTexts) -> None:
+        """Take the texts, and the model before the edit."""
+        self.rows = texts.drawn
+        self._rows = texts.rows
+        self._predicts_target = [row.labels.roll(-1) != IGNORE_INDEX for row in texts.rows]
+        self.texts = tuple(
+            Text(row.ids, ((row.groups > 0) | predicts).nonzero().squeeze(1))
+            for row, predicts in zip(texts.rows, self._predicts_target, strict=True)
+        )
         with torch.no_grad():
-            self._before = logits_at(model, self.texts).split([len(part.groups) for part in self._parts])
-
-    def rows(self, step: int) -> list[int]:
-        """The places in `texts` of those that take part in a step."""
-        chosen, first = [0], 1
-        for number, parts in enumerate(self._others):
-            places = range(first, first + len(parts))
-            count = min(self._draw, len(parts)) if self._draw else len(parts)
-            chosen += sorted(Random(f"{number} {step}").sample(places, count))
-            first += len(parts)
-        return chosen
+            self._before = logits_at(model, self.texts).split([len(text.positions) for text in self.texts])
 
     def objective(self, loss: EditLoss) -> Callable[[Tensor, Sequence[int]], Tensor]:
         """The loss of a step, as `overtone.lab.edit.many.Job` takes it."""
 
         def objective(logits: Tensor, rows: Sequence[int]) -> Tensor:
-            groups = [group for row in rows for group in self._parts[row].groups]
-            is_target = torch.tensor([group == TARGET for group in groups])
-            ids = torch.cat([self._parts[row].text.ids.roll(-1)[self._parts[row].text.positions] for row in rows])
+            is_target = torch.cat([self._predicts_target[row][self.texts[row].positions] for row in rows])
+            labels = torch.cat([self._rows[row].labels for row in rows])
+            labels = labels[labels != IGNORE_INDEX]
             if loss.anchor == 0:
-                return loss.mean(logits[is_target], ids[is_target])
+                return loss.mean(logits[is_target], labels)
+            groups = torch.cat([self._rows[row].groups[self.texts[row].positions] for row in rows])
             before = torch.cat([self._before[row] for row in rows])
-            masks = [torch.tensor([name == group for name in groups]) for group in ANCHORED if group in groups]
-            logits, moved = loss.anchored(logits, [Anchors.record(before, at) for at in masks])
-            return loss.mean(logits[is_target], ids[is_target], anchored=moved)
+            anchors = [Anchors.record(before, groups == group) for group in groups[~is_target].unique()]
+            logits, moved = loss.anchored(logits, anchors)
+            return loss.mean(logits[is_target], labels, anchored=moved)
 
         return objective
+
+
+def texts_of(workplace: Workplace, edit: Edit, arguments: argparse.Namespace) -> EditTexts:
+    """The edit's own text, and those of its groups that the model writes."""
+    written = write_texts(workplace.model, workplace.tokenizer, edit.prompt, edit.subject, count=arguments.count)
+    left_out = {field: () for group, field in WRITTEN.items() if group not in arguments.groups.split("+")}
+    return EditTexts(
+        workplace.tokenizer, edit.prompt, edit.target_new, replace(written, **left_out), draw=arguments.draw or None
+    )
 
 
 def ends_of(
     workplace: Workplace,
     opened: OpenedWeights,
     settings: MethodSettings,
-    writer: Writer | None,
     edit: Edit,
     start: Tensor,
     arguments: argparse.Namespace,
@@ -178,14 +102,12 @@ def ends_of(
 ) -> dict[str, Snapshot]:
     """The weights with which one edit ends, for each loss."""
     model, tokenizer = workplace.model, workplace.tokenizer
-    if writer is None:
+    if not arguments.groups:
         family = Family(map(parse, losses), "lora")
         job = family.job(encode_targets(tokenizer, edit.pairs), start, tokenizer.bos_token_id)
         (fitted,) = fit_many(model, opened, [job], steps=settings.steps, lr=settings.lr)
         return {loss: snapshot for loss, (snapshot, _) in family.results(fitted).items()}
-    groups = arguments.groups.split("+")
-    own, others = own_part(tokenizer, edit, groups), other_parts(tokenizer, writer, edit, groups)
-    anchored = AnchoredEdit(model, own, others, arguments.draw)
+    anchored = AnchoredEdit(model, texts_of(workplace, edit, arguments))
     jobs = [
         Job(anchored.texts, anchored.objective(parse(loss).build("lora")), start, rows=anchored.rows) for loss in losses
     ]
@@ -218,13 +140,13 @@ def read_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     if not arguments.file.is_file():
         parser.error(f"--file must be a file that can be read, got {arguments.file}")
     named = set(filter(None, arguments.groups.split(",")))
-    if not named <= set(GROUPS):
-        parser.error(f"--groups must be some of {', '.join(GROUPS)}, got {arguments.groups}")
+    if named and named != {"prefixes"} and not {"prompt"} <= named <= set(GROUPS):
+        parser.error(f"--groups must be prefixes, or prompt and any of {', '.join(WRITTEN)}, got {arguments.groups}")
     try:
         has_anchor = {loss: parse(loss).build("lora").anchor > 0 for loss in arguments.losses}
     except ValueError as error:
         parser.error(f"--losses: {error}")
-    wants_anchor = bool(named & set(ANCHORED))
+    wants_anchor = "prompt" in named
     if named and (wrong := [loss for loss, has in has_anchor.items() if has != wants_anchor]):
         word = "an" if wants_anchor else "no"
         parser.error(f"--losses must have {word} anchor with --groups {arguments.groups}, got {' '.join(wrong)}")
@@ -265,13 +187,12 @@ def main(given: Sequence[str] | None = None) -> None:
     corpus = open_corpus(arguments.data, seed=0, path=arguments.file, size=arguments.size)
     if done is None:
         arguments.out.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
-    writer = Writer(workplace, arguments.count) if arguments.groups else None
     for number, edit in enumerate(corpus.edits(arguments.edits, seed=0)):
         keys = {loss: key_of(arguments, number, loss) for loss in arguments.losses}
         losses = [loss for loss, key in keys.items() if tuple(key.values()) not in (done or ())]
         if not losses:
             continue
-        ends = ends_of(workplace, opened, settings, writer, edit, opened.start(number).float(), arguments, losses)
+        ends = ends_of(workplace, opened, settings, edit, opened.start(number).float(), arguments, losses)
         (exam,) = examine_many(workplace.model, workplace.tokenizer, opened, [edit])
         scores = score_many(workplace.model, opened, [(exam, end.weights) for end in ends.values()])
         with arguments.out.open("a", newline="", encoding="utf-8") as stream:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from overtone import OverToneConfig
+from overtone.huggingface import EditTexts, WrittenTexts, attach
 from overtone.lab.model.positions import logits_at
-from overtone.lab.model.workplace import Workplace
 from overtone.token_loss import parse
 
 ROOT = Path(__file__).parents[1]
@@ -21,9 +22,11 @@ sys.path.insert(0, str(ROOT / "examples"))
 search = importlib.import_module("anchor_search")
 sys.path.pop(0)
 
-NAMES = [("the head of zed is", " ana bo cy"), ("the head of dan is", " tea milk rain")]
-ABOUT = [("acme", " runs tea"), ("acme", " likes milk by"), ("acme", " is")]
-PREFIXED = [("rain likes bo . the head of acme is", " bo cy"), ("eve runs . the head of acme is", " bo cy")]
+WRITTEN = WrittenTexts(
+    prefixes=("rain likes bo . ", "eve runs . "),
+    neighbours=(("the head of zed is", " ana bo cy"), ("the head of dan is", " tea milk rain")),
+    about=(("acme", " runs tea"), ("acme", " likes milk by"), ("acme", " is")),
+)
 
 
 def tokenizer():
@@ -33,15 +36,9 @@ def tokenizer():
     return words
 
 
-def anchored_edit(model, *, draw=0, groups=("prompt", "names", "subject", "prefixes")):
-    words, edit = tokenizer(), mini_lab.edit()
-    pools = {"names": NAMES, "subject": ABOUT, "prefixes": PREFIXED}
-    others = [
-        search.encoded(words, pairs, search.TARGET if group == "prefixes" else group)
-        for group, pairs in pools.items()
-        if group in groups
-    ]
-    return search.AnchoredEdit(model, search.own_part(words, edit, groups), others, draw)
+def edit_texts(draw=None, written=WRITTEN):
+    edit = mini_lab.edit()
+    return EditTexts(tokenizer(), edit.prompt, edit.target_new, written, draw=draw)
 
 
 def literal(before, now, pairs, anchor, anchor_epsilon=0.05):
@@ -60,17 +57,17 @@ def literal(before, now, pairs, anchor, anchor_epsilon=0.05):
                 groups.setdefault("prompt", []).append(kl[1 : length - 1])
         else:
             groups.setdefault(group, []).append(kl[length - 1 : -1])
-    return torch.cat(targets).mean() + anchor * sum(torch.cat(own).mean() for own in groups.values())
+    return torch.cat(targets).mean() + anchor * sum(torch.cat(own).mean() for own in groups.values() if anchor)
 
 
-@pytest.mark.parametrize("draw", [0, 1])
+@pytest.mark.parametrize("draw", [None, 1])
 def test_the_loss_is_the_mean_of_the_targets_and_one_of_each_group(draw):
     before, now = (mini_lab.random_model(seed=seed).double() for seed in (0, 1))
-    made = anchored_edit(before, draw=draw)
+    made = search.AnchoredEdit(before, edit_texts(draw))
     edit = mini_lab.edit()
     everything = [("target", (edit.prompt, edit.target_new))]
-    everything += [("names", pair) for pair in NAMES] + [("subject", pair) for pair in ABOUT]
-    everything += [("prefixes", pair) for pair in PREFIXED]
+    everything += [("names", pair) for pair in WRITTEN.neighbours] + [("subject", pair) for pair in WRITTEN.about]
+    everything += [("prefixes", (prefix + edit.prompt, edit.target_new)) for prefix in WRITTEN.prefixes]
     rows = made.rows(3)
     with torch.no_grad():
         logits = logits_at(now, [made.texts[row] for row in rows])
@@ -80,36 +77,27 @@ def test_the_loss_is_the_mean_of_the_targets_and_one_of_each_group(draw):
 
 def test_without_an_anchor_the_targets_alone_count():
     model = mini_lab.random_model().double()
-    made = anchored_edit(model, groups=("prefixes",))
+    made = search.AnchoredEdit(model, edit_texts(written=WrittenTexts(prefixes=WRITTEN.prefixes)))
     with torch.no_grad():
         logits = logits_at(model, made.texts)
     got = made.objective(parse("cross_entropy").build("lora"))(logits, made.rows(0))
     edit = mini_lab.edit()
-    pairs = [("target", (edit.prompt, edit.target_new)), *(("prefixes", pair) for pair in PREFIXED)]
+    pairs = [("prefixes", (prefix + edit.prompt, edit.target_new)) for prefix in ("", *WRITTEN.prefixes)]
     torch.testing.assert_close(got, literal(model, model, pairs, anchor=0))
 
 
-def test_each_step_draws_of_each_group_anew():
-    made = anchored_edit(mini_lab.random_model(), draw=1)
-    drawn = [made.rows(step) for step in range(20)]
-    assert all(rows[0] == 0 and len(rows) == 4 for rows in drawn)
-    assert [{rows[place] for rows in drawn} for place in (1, 2, 3)] == [{1, 2}, {3, 4, 5}, {6, 7}]
-    assert drawn == [made.rows(step) for step in range(20)]
-    assert anchored_edit(mini_lab.random_model(), draw=5).rows(0) == list(range(8))
-
-
-def test_what_the_model_writes_is_about_the_edit():
-    workplace = Workplace(mini_lab.random_model(), mini_lab.tokenizer())
-    edit, writer = mini_lab.edit(), search.Writer(workplace, 3)
-    names, about = writer.names(edit), writer.about(edit)
-    assert names == search.Writer(workplace, 3).names(edit)
-    assert 0 < len(names) <= 3
-    for prompt, answer in names:
-        assert prompt != edit.prompt
-        assert edit.subject not in prompt
-        assert answer.startswith(" ")
-    assert {subject for subject, _ in about} == {edit.subject}
-    assert len(writer.prefixes) == 3
+def test_the_loss_is_that_of_an_attached_model():
+    """What is measured is what `EditTexts` does in a loop of one's own."""
+    before, now = (mini_lab.random_model(seed=seed).double() for seed in (0, 1))
+    texts = edit_texts(draw=1)
+    made = search.AnchoredEdit(before, texts)
+    rows = made.rows(5)
+    with torch.no_grad():
+        logits = logits_at(now, [made.texts[row] for row in rows])
+    got = made.objective(parse("overtone:anchor=1").build("lora"))(logits, rows)
+    with attach(now, OverToneConfig.preset("lora", anchor=1.0), reference=before):
+        expected = now(**texts.batch(5)).loss
+    torch.testing.assert_close(got, expected.detach())
 
 
 class TestFile:
@@ -146,7 +134,10 @@ class TestFile:
     @pytest.mark.parametrize(
         ("given", "said"),
         [
-            (("--groups", "prompt,friends"), "--groups must be some of prompt, names, subject, prefixes"),
+            (
+                ("--groups", "prompt,friends"),
+                "prompt and any of names, subject, prefixes, got prompt,friends",
+            ),
             (("--groups", "prompt", "--losses", "overtone"), "--losses must have an anchor with --groups prompt"),
             (("--groups", "prefixes"), "--losses must have no anchor with --groups prefixes, got overtone:anchor=1"),
             (("--losses", "overtne"), "--losses: loss 'overtne'"),

@@ -14,15 +14,20 @@ except ImportError as error:
 from overtone.huggingface.attachment import Attachment, attach, detach
 from overtone.huggingface.callback import TokenStatesCallback
 from overtone.huggingface.collator import DataCollatorWithLossMask
+from overtone.huggingface.edit_texts import EditTexts
 from overtone.huggingface.loss import causal_lm_loss
 from overtone.huggingface.outputs import compute_loss_func
+from overtone.huggingface.written_texts import WrittenTexts, write_texts
 
 __all__ = [
     "Attachment",
     "DataCollatorWithLossMask",
+    "EditTexts",
     "TokenStatesCallback",
+    "WrittenTexts",
     "attach",
     "causal_lm_loss",
     "compute_loss_func",
     "detach",
+    "write_texts",
 ]

@@ -1,0 +1,124 @@
+"""What a model itself writes around an edit before it is made, from nothing but the edit's prompt and its subject.
+
+Texts to learn the target behind, as ROME's context templates are (Meng et al., 2022, arXiv 2202.05262), and texts that
+must stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from overtone.huggingface.reference import evaluating
+
+__all__ = ["WrittenTexts", "write_texts"]
+
+OPENINGS = ("The", "Therefore", "Because")
+NAME_TOKENS = 8
+ANSWER_TOKENS = 3
+TEXT_TOKENS = 10
+
+
+@dataclass(frozen=True)
+class WrittenTexts:
+    """What `write_texts` found; any of the three may be empty.
+
+    Attributes:
+        prefixes: sentences that have nothing to do with the edit, each with a space at its end.
+        neighbours: the edit's prompt asked of other names, each with the model's own answer.
+        about: the subject, each time with what the model says after it.
+    """
+
+    prefixes: tuple[str, ...] = ()
+    neighbours: tuple[tuple[str, str], ...] = ()
+    about: tuple[tuple[str, str], ...] = ()
+
+
+def write_texts(
+    model: nn.Module, tokenizer: Any, prompt: str, subject: str, *, count: int = 16, seed: int = 0
+) -> WrittenTexts:
+    """Let a model write texts around an edit that is not made yet.
+
+    Names are those with which it goes on after a list that begins with the subject. There are fewer neighbours than
+    `count` where it repeats itself or has no answer, and none where the prompt does not contain the subject.
+
+    Args:
+        model: a Hugging Face causal language model, as it is before the edit; run in evaluation mode.
+        tokenizer: of the model.
+        prompt: of the edit.
+        subject: whom the edit is about, as the prompt spells it.
+        count: texts of each kind at most, 1 or more.
+        seed: of the sampling; torch's global random state is left alone.
+
+    Raises:
+        ValueError: an empty prompt or subject, or a count below 1.
+    """
+    for name, value in (("prompt", prompt), ("subject", subject)):
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{name} must be a text, got {value!r}")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"count must be a whole number, 1 or more, got {count!r}")
+    writer = _Writer(model, tokenizer)
+    openings = list(islice(cycle(OPENINGS), count))
+    with evaluating(model):
+        # Each kind from the seed on, so that the prefixes are the same for all edits.
+        with _seeded(seed, writer.device):
+            said = writer.continuations(openings, TEXT_TOKENS)
+        with _seeded(seed, writer.device):
+            neighbours = _neighbours(writer, prompt, subject, count)
+        with _seeded(seed, writer.device):
+            about = writer.continuations([subject] * count, TEXT_TOKENS)
+    return WrittenTexts(
+        tuple(f"{opening} {rest.rstrip('.')}. " for opening, rest in zip(openings, said, strict=True)),
+        neighbours,
+        tuple((subject, f" {rest}") for rest in about if rest),
+    )
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class _Writer:
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self.device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def continuations(self, texts: Sequence[str], tokens: int, *, greedy: bool = False) -> list[str]:
+        """What the model puts after each text, up to the end of the line and without spaces around it."""
+        ids = [self._tokenizer(text).input_ids for text in texts]
+        width = max(map(len, ids))
+        known = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0)
+        filler = next(token for token in known if token is not None)
+        # Generation goes on at the right end, so the padding is on the left, whatever the tokenizer's own side.
+        generated = self._model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor([[filler] * (width - len(own)) + own for own in ids], device=self.device),
+            attention_mask=torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in ids], device=self.device),
+            max_new_tokens=tokens,
+            pad_token_id=filler,
+            **({"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}),
+        )
+        said = self._tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
+        return [text.strip().split("\n")[0].strip() for text in said]
+
+
+def _neighbours(writer: _Writer, prompt: str, subject: str, count: int) -> tuple[tuple[str, str], ...]:
+    if subject not in prompt:
+        return ()
+    # Twice as many as wanted, since it repeats itself.
+    said = writer.continuations([f"1. {subject}\n2."] * (2 * count), NAME_TOKENS)
+    names = [name for name in dict.fromkeys(said) if name and name != subject][:count]
+    prompts = [prompt.replace(subject, name) for name in names]
+    answers = writer.continuations(prompts, ANSWER_TOKENS, greedy=True) if prompts else []
+    return tuple((asked, f" {answer}") for asked, answer in zip(prompts, answers, strict=True) if answer)
