@@ -11,9 +11,9 @@ Nothing but the edit's request and what the unedited model writes itself is used
 - subject: what the model writes on after the subject;
 - prefixes: no anchor, but the target once more behind texts that the model writes, as ROME's context templates are.
 
-The texts are those of `overtone.huggingface.write_texts` and `EditTexts`. The edit's own is in every step, of each other
-group all or as many as `--draw` says, and each group has a mean of its own in the loss. A row of the file is an edit with
-one loss; finished ones are kept, and the same command goes on.
+The texts are those of `overtone.huggingface.write_texts` and `EditTexts`. The edit's own is in every step, of each
+other group all or as many as `--draw` says, and each group has a mean of its own in the loss. A row of the file is an
+edit with one loss; finished ones are kept, and the same command goes on.
 """
 
 from __future__ import annotations
