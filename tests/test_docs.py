@@ -52,6 +52,7 @@ class TestCode:
         """The recipes run as printed, one after the other, given a model and something to train it on."""
         from datasets import Dataset
         from tiny_models import build
+        from tiny_trainer import word_tokenizer
         from transformers import Trainer, TrainingArguments
 
         monkeypatch.chdir(tmp_path)
@@ -61,6 +62,7 @@ class TestCode:
         trained = list(model.parameters())
         names = {
             "model": model,
+            "tokenizer": word_tokenizer(),
             "trained": trained,
             "optimizer": torch.optim.AdamW(trained, lr=1e-3),
             "ids": ids,
@@ -72,7 +74,7 @@ class TestCode:
             "TrainingArguments": TrainingArguments,
         }
         recipes = fenced("run with a model")
-        assert len(recipes) == 3
+        assert len(recipes) == 4
         for name, code in recipes:
             exec(compile(code, name, "exec"), names)
 
