@@ -89,3 +89,18 @@ def test_refuses_what_it_cannot_run(lab, monkeypatch, capsys, arguments, message
     with pytest.raises(SystemExit):
         lab.main()
     assert message in capsys.readouterr().err
+
+
+class TestKnowEdit:
+    def test_a_folder_takes_edits_of_one_setting(self, lab, tmp_path):
+        """The same settings go on; others would be averaged with what is there."""
+        knowedit = importlib.import_module("knowedit")
+        file = tmp_path / "overtone.jsonl"
+        settings = {"data": "zsre.json", "lr": 5e-4, "layers": (1, 2)}
+        knowedit.require_same_settings(file, settings)
+        knowedit.require_same_settings(file, settings)
+        with pytest.raises(ValueError, match=r"edits of overtone made with layers=\[1, 2\], not with layers=\[3\]"):
+            knowedit.require_same_settings(file, settings | {"layers": [3]})
+        with pytest.raises(ValueError, match="made with data=zsre.json, not with data=wiki.json"):
+            knowedit.require_same_settings(file, settings | {"data": "wiki.json"})
+        knowedit.require_same_settings(tmp_path / "cross-entropy.jsonl", settings | {"layers": [3]})

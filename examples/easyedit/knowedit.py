@@ -110,6 +110,22 @@ def edits(
         yield case, scores_of(metrics[0]["pre"], metrics[0]["post"])
 
 
+def require_same_settings(file: Path, settings: dict[str, Any]) -> None:
+    """Note beside a file of edits what they are made with.
+
+    Raises:
+        ValueError: they were made with something else.
+    """
+    note = file.with_suffix(".settings.json")
+    settings = json.loads(json.dumps(settings))
+    known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else settings
+    names = sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name))
+    if names:
+        before, now = (", ".join(f"{name}={one.get(name)}" for name in names) for one in (known, settings))
+        raise ValueError(f"--out {file.parent} has edits of {file.stem} made with {before}, not with {now}")
+    note.write_text(json.dumps(settings), encoding="utf-8")
+
+
 def main() -> int:
     """Run what is left, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,6 +160,10 @@ def main() -> int:
         config = load_config(arguments.hparams, arguments.model, token_loss=token_loss)
         with_changes(config, arguments.change)
         file = arguments.out / f"{name.replace(':', '-')}{'-no-prefixes' if arguments.no_prefixes else ''}.jsonl"
+        try:
+            require_same_settings(file, {"data": arguments.data.name, **config})
+        except ValueError as error:
+            parser.error(f"{error}: give another folder")
         records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         done = {record["case"] for record in records}
         left = [case for case in range(len(requests)) if case not in done]
