@@ -101,6 +101,6 @@ class TestKnowEdit:
         knowedit.require_same_settings(file, settings)
         with pytest.raises(ValueError, match=r"edits of overtone made with layers=\[1, 2\], not with layers=\[3\]"):
             knowedit.require_same_settings(file, settings | {"layers": [3]})
-        with pytest.raises(ValueError, match="made with data=zsre.json, not with data=wiki.json"):
+        with pytest.raises(ValueError, match=r"made with data=zsre\.json, not with data=wiki\.json"):
             knowedit.require_same_settings(file, settings | {"data": "wiki.json"})
         knowedit.require_same_settings(tmp_path / "cross-entropy.jsonl", settings | {"layers": [3]})
