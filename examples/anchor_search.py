@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -126,12 +127,19 @@ def read_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--edits", type=int, default=12)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--count", type=int, default=16, help="texts of each group that the model writes")
-    parser.add_argument("--draw", type=int, default=0, help="how many of each group a step has; 0: all")
-    parser.add_argument("--losses", nargs="+", default=["overtone:anchor=1"], help="with --groups")
     parser.add_argument("--groups", default="", help="by commas; none: the early stops of cross-entropy")
+    of_groups = parser.add_argument_group("with --groups")
+    of_groups.add_argument("--count", type=int, help="texts of each group that the model writes (default: 16)")
+    of_groups.add_argument("--draw", type=int, help="how many of each group a step has; 0: all (default: 0)")
+    of_groups.add_argument("--losses", nargs="+", help="(default: overtone:anchor=1)")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(given)
+    defaults = {"count": 16, "draw": 0, "losses": ["overtone:anchor=1"]}
+    for name, default in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+        elif not arguments.groups:
+            parser.error(f"--{name} does nothing without --groups")
     for option, least in (("edits", 1), ("steps", 1), ("count", 1), ("draw", 0)):
         if getattr(arguments, option) < least:
             parser.error(f"--{option} must be at least {least}, got {getattr(arguments, option)}")
@@ -164,6 +172,23 @@ def key_of(arguments: argparse.Namespace, edit: int, loss: str) -> dict[str, str
     return {name: str(values[name]) for name in KEY}
 
 
+def require_same_source(arguments: argparse.Namespace) -> None:
+    """Note beside the file which model and records the edits of each data set are of.
+
+    Raises:
+        ValueError: those that are there are of others.
+    """
+    note = arguments.out.with_suffix(".source.json")
+    source = {"model": Path(arguments.model).name, "dtype": arguments.dtype}
+    source |= {"file": arguments.file.name, "size": arguments.size}
+    known = json.loads(note.read_text(encoding="utf-8")) if note.exists() and arguments.out.exists() else {}
+    if known.setdefault(arguments.data, source) != source:
+        raise ValueError(
+            f"--out {arguments.out} has edits of {known[arguments.data]}, not of {source}: give another file"
+        )
+    note.write_text(json.dumps(known), encoding="utf-8")
+
+
 def read_done(file: Path) -> set[tuple[str, ...]]:
     """The keys of the rows in a file.
 
@@ -181,6 +206,7 @@ def main(given: Sequence[str] | None = None) -> None:
     """Make the edits that are not in the file yet."""
     arguments = read_arguments(given)
     done = read_done(arguments.out) if arguments.out.exists() else None
+    require_same_source(arguments)
     workplace = Workplace.load(arguments.model, dtype=arguments.dtype)
     settings = METHODS["lora"].changed({"lr": arguments.lr, "steps": arguments.steps}, is_large=True)
     opened = METHODS["lora"].open_many(workplace.model, settings)

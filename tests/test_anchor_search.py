@@ -106,7 +106,7 @@ class TestFile:
         mini_lab.random_model().save_pretrained(tmp_path / "model")
         mini_lab.tokenizer().save_pretrained(tmp_path / "model")
         given = ["--model", str(tmp_path / "model"), "--data", "zsre", "--file", str(ROOT / "tests/fixtures/zsre.json")]
-        given += ["--size", "3", "--edits", "2", "--steps", "2", "--count", "2", "--out", str(tmp_path / "out.csv")]
+        given += ["--size", "3", "--edits", "2", "--steps", "2", "--out", str(tmp_path / "out.csv")]
 
         def call(*more):
             search.main([*given, *more])
@@ -116,7 +116,7 @@ class TestFile:
         return call
 
     def test_goes_on_where_it_was_and_keeps_other_settings_apart(self, call, tmp_path):
-        groups = ("--groups", "prompt,names,subject,prefixes", "--draw", "1")
+        groups = ("--groups", "prompt,names,subject,prefixes", "--draw", "1", "--count", "2")
         rows = call(*groups, "--edits", "1")
         assert [(row["edit"], row["groups"], row["limit"]) for row in rows] == [
             ("0", "prompt+names+subject+prefixes", "2")
@@ -140,8 +140,9 @@ class TestFile:
             ),
             (("--groups", "prompt", "--losses", "overtone"), "--losses must have an anchor with --groups prompt"),
             (("--groups", "prefixes"), "--losses must have no anchor with --groups prefixes, got overtone:anchor=1"),
-            (("--losses", "overtne"), "--losses: loss 'overtne'"),
-            (("--draw", "-1"), "--draw must be at least 0, got -1"),
+            (("--groups", "prompt", "--losses", "overtne"), "--losses: loss 'overtne'"),
+            (("--groups", "prompt", "--draw", "-1"), "--draw must be at least 0, got -1"),
+            (("--draw", "1"), "--draw does nothing without --groups"),
             (("--lr", "nan"), "--lr must be a number above 0, got nan"),
             (("--file", "none.json"), "--file must be a file that can be read, got none.json"),
         ],
@@ -151,6 +152,11 @@ class TestFile:
             call(*given)
         assert said in " ".join(capsys.readouterr().err.split())
         assert not (tmp_path / "out.csv").exists()
+
+    def test_refuses_a_file_with_edits_of_other_records(self, call):
+        call("--edits", "1")
+        with pytest.raises(ValueError, match=r"has edits of .*'size': 3.*, not of .*'size': 4"):
+            call("--edits", "1", "--size", "4")
 
     def test_refuses_the_file_of_another_program(self, call, tmp_path):
         (tmp_path / "out.csv").write_text("a,b\n1,2\n")

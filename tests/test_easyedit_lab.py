@@ -96,6 +96,9 @@ class TestKnowEdit:
         """The same settings go on; others would be averaged with what is there."""
         knowedit = importlib.import_module("knowedit")
         file = tmp_path / "overtone.jsonl"
+        (tmp_path / "earlier.jsonl").write_text("")
+        with pytest.raises(ValueError, match=r"edits of earlier without earlier\.settings\.json: give another folder"):
+            knowedit.require_same_settings(tmp_path / "earlier.jsonl", {"lr": 1})
         settings = {"data": "zsre.json", "lr": 5e-4, "layers": (1, 2)}
         knowedit.require_same_settings(file, settings)
         knowedit.require_same_settings(file, settings)

@@ -147,7 +147,7 @@ class TestAttached:
             assert torch.equal(model(**batch, anchor_groups=2 * may_stay.long()).loss, model(**batch).loss)
 
     def test_groups_in_a_trainer(self, tmp_path):
-        """As a column of the dataset, which transformers' own collator pads no less than the labels."""
+        """As a column of a dataset whose rows are padded already."""
         model = lora(tiny_models.build(sharpness=3))
         batch = {**batch_of(model), "anchor_groups": some_groups()}
         args = arguments(tmp_path, per_device_train_batch_size=4, remove_unused_columns=False)

@@ -8,6 +8,7 @@ import mini_lab
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 
 from overtone import Anchors, OverToneConfig, overtone_loss
 from overtone.huggingface import EditTexts, WrittenTexts, attach, write_texts
@@ -87,11 +88,80 @@ class TestWriteTexts:
             ({"subject": None}, "subject must be a text, got None"),
             ({"count": 0}, "count must be a whole number, 1 or more, got 0"),
             ({"count": True}, "count must be a whole number, 1 or more, got True"),
+            ({"seed": 1.5}, "seed must be a whole number, 0 or more, got 1.5"),
         ],
     )
     def test_mistakes(self, model, changed, said):
         with pytest.raises(ValueError, match=said):
             write_texts(model, tokenizer(), **{"prompt": PROMPT, "subject": "acme", **changed})
+
+
+class Scripted:
+    """Says what it is told to, call after call, and keeps what it was called with."""
+
+    def __init__(self, words, *said):
+        self._words, self._said = words, list(said)
+        self.prompts, self.options = [], []
+        self.training = True
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def modules(self):
+        return iter([self])
+
+    def generate(self, input_ids, attention_mask, **options):
+        assert not self.training
+        self.prompts.append(
+            [self._words.decode(ids[mask.bool()]) for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        )
+        self.options.append(options)
+        new = [self._words(text).input_ids for text in self._said.pop(0)]
+        width = max(map(len, new))
+        filled = torch.tensor([ids + [self._words.pad_token_id] * (width - len(ids)) for ids in new])
+        return torch.cat([input_ids, filled], dim=1)
+
+
+class TestScripted:
+    """What is made of what the model says."""
+
+    SAID = (
+        ["milk runs .", "", "tea"],
+        ["zed", "acme", "dan", "dan", "ana acme bo", ""],
+        ["bo cy", ""],
+        ["likes rain", "", "is by"],
+    )
+
+    @pytest.fixture
+    def scripted(self):
+        return Scripted(mini_lab.tokenizer(), *self.SAID)
+
+    def test_texts(self, scripted):
+        """No empty ones, no name twice, and none that contains the subject."""
+        written = write_texts(scripted, mini_lab.tokenizer(), PROMPT, "acme", count=3)
+        assert written == WrittenTexts(
+            prefixes=("The milk runs . ", "Because tea. "),
+            neighbours=(("the head of zed is", " bo cy"),),
+            about=(("acme", " likes rain"), ("acme", " is by")),
+        )
+        assert scripted.prompts[2] == ["the head of zed is", "the head of dan is"]
+        assert scripted.training
+
+    def test_is_asked_by_the_models_distribution_alone(self, scripted):
+        write_texts(scripted, mini_lab.tokenizer(), PROMPT, "acme", count=3)
+        assert [options["do_sample"] for options in scripted.options] == [True, True, False, True]
+        for options in scripted.options:
+            assert (options["num_beams"], options["repetition_penalty"], options["min_p"]) == (1, 1.0, None)
+
+    def test_an_end_of_sequence_token_of_the_tokenizers_own_is_taken_off(self, scripted):
+        words = mini_lab.tokenizer()
+        words.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+        assert words("bo").input_ids[-1] == words.eos_token_id
+        written = write_texts(scripted, words, PROMPT, "acme", count=3)
+        assert "<eos>" not in " ".join(text for prompts in scripted.prompts for text in prompts)
+        batch = EditTexts(words, PROMPT, TARGET, written).batch(0)
+        assert (batch["input_ids"][0] != words.eos_token_id).all()
+        assert (batch["labels"][0] != -100).sum() == 2
 
 
 class TestBatch:
@@ -130,10 +200,28 @@ class TestBatch:
         written = WrittenTexts(prefixes=("",), neighbours=((PROMPT, ""),), about=(("acme", "runs"),))
         assert len(EditTexts(tokenizer(), PROMPT, TARGET, written).rows) == 2
 
-    @pytest.mark.parametrize("target", ["", "bo"])
-    def test_a_target_that_does_not_continue_its_prompt(self, target):
+    def test_a_target_that_does_not_continue_its_prompt(self):
         with pytest.raises(ValueError, match="does not continue prompt 'the head of acme is' token by token"):
-            EditTexts(tokenizer(), PROMPT, target)
+            EditTexts(tokenizer(), PROMPT, "bo")
+
+    @pytest.mark.parametrize("changed", [{"prompt": ""}, {"prompt": None}, {"target": " "}, {"target": 3}])
+    def test_no_text(self, changed):
+        (name,) = changed
+        with pytest.raises(ValueError, match=f"{name} must be a text, got"):
+            EditTexts(tokenizer(), **{"prompt": PROMPT, "target": TARGET, **changed})
+
+    def test_without_a_bos_the_first_token_counts(self):
+        batch = EditTexts(mini_lab.tokenizer(), PROMPT, TARGET).batch(0)
+        assert batch["anchor_groups"][0].tolist() == [1, 1, 1, 1, 0, 0, 0]
+
+    def test_on_a_device(self):
+        assert {values.device.type for values in edit_texts().batch(0, "meta").values()} == {"meta"}
+
+    def test_kinds_are_drawn_independently(self):
+        """Of two kinds with as many texts a step does not always take the same places."""
+        written = WrittenTexts(neighbours=WRITTEN.neighbours, prefixes=WRITTEN.prefixes)
+        drawn = [EditTexts(tokenizer(), PROMPT, TARGET, written).drawn(step) for step in range(20)]
+        assert len({(rows[1], rows[2] - 2) for rows in drawn}) == 4
 
     @pytest.mark.parametrize("draw", [0, -1, True, 1.0])
     def test_draw(self, draw):

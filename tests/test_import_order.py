@@ -9,7 +9,7 @@ from pathlib import Path
 import overtone
 
 PACKAGE = Path(overtone.__file__).parent
-FLOW = ("registry", "data", "model", "edit", "score", "results", "run", "report")
+FLOW = ("log_lines", "registry", "data", "model", "edit", "score", "results", "run", "report")
 
 
 def listed_parts():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -101,6 +102,23 @@ def fit_to_model(config: Config, model: str) -> None:
         section["grace_layer"] = re.sub(r"layers\.\d+", f"layers.{max(first - 1, 0)}", section["grace_layer"])
 
 
+def open_editor(config: Config, *, prefixes: bool = True) -> Any:
+    """EasyEdit's editor of a config, with what a method needs to run at all.
+
+    Args:
+        config: of any method but UnKE, which EasyEdit's editor does not know.
+        prefixes: let a method that optimises one vector sample texts to put before its prompt.
+    """
+    from easyeditor import BaseEditor
+
+    editor = BaseEditor.from_hparams(load_hparams(config))
+    if not prefixes:
+        without_prefixes(editor)
+    if config["alg_name"] == "PMET":
+        mend_pmet(editor)
+    return editor
+
+
 def without_prefixes(editor: Any) -> None:
     """Let a method that optimises one vector see the bare prompt, not also prompts after texts that it samples.
 
@@ -120,6 +138,7 @@ def mend_pmet(editor: Any) -> None:
     """Pad on the right, as PMET counts, and put the space before a target that a byte-level tokenizer wants there."""
     apply = editor.apply_algo
 
+    @functools.wraps(apply)  # its module is where an editor's method is looked for
     def with_space(model: Any, tok: Any, requests: list[Request], *args: Any, **kwargs: Any) -> Any:
         spaced = [{**request, "target_new": f" {request['target_new']}"} for request in requests]
         return apply(model, tok, spaced, *args, **kwargs)

@@ -27,11 +27,10 @@ from framework import (
     average,
     forget_keys,
     load_config,
-    load_hparams,
+    open_editor,
     quiet,
     scores_of,
     with_changes,
-    without_prefixes,
 )
 from rich.console import Console
 from rich.progress import Progress
@@ -94,16 +93,12 @@ def edits(
     config: dict[str, Any], requests: list[Request], cases: list[int], *, prefixes: bool
 ) -> Iterator[tuple[int, Scores]]:
     """Edit each case from the unedited model, and score it."""
-    from easyeditor import BaseEditor
-
     method = config["alg_name"]
     editor = None
     for case in cases:
         with quiet():
             if editor is None or method in NOT_TAKEN_BACK:
-                editor = BaseEditor.from_hparams(load_hparams(config))
-                if not prefixes:
-                    without_prefixes(editor)
+                editor = open_editor(config, prefixes=prefixes)
             if method in KEEP_KEYS:
                 forget_keys(editor)
             metrics, _, _ = editor.edit_requests([requests[case]], sequential_edit=False, verbose=False)
@@ -114,15 +109,19 @@ def require_same_settings(file: Path, settings: dict[str, Any]) -> None:
     """Note beside a file of edits what they are made with.
 
     Raises:
-        ValueError: they were made with something else.
+        ValueError: they were made with something else, or nobody knows with what.
     """
     note = file.with_suffix(".settings.json")
     settings = json.loads(json.dumps(settings))
+    if not note.exists() and file.exists():
+        raise ValueError(f"--out {file.parent} has edits of {file.stem} without {note.name}: give another folder")
     known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else settings
     names = sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name))
     if names:
         before, now = (", ".join(f"{name}={one.get(name)}" for name in names) for one in (known, settings))
-        raise ValueError(f"--out {file.parent} has edits of {file.stem} made with {before}, not with {now}")
+        raise ValueError(
+            f"--out {file.parent} has edits of {file.stem} made with {before}, not with {now}: give another folder"
+        )
     note.write_text(json.dumps(settings), encoding="utf-8")
 
 
@@ -156,14 +155,17 @@ def main() -> int:
     losses = {"cross-entropy": None, **({loss: loss for loss in arguments.losses} if arguments.losses else in_file)}
     console = Console(stderr=True)
     table = Table("loss", "edits", *MEASURES, "Avg", title=f"{arguments.data.stem}, {arguments.hparams.stem}")
+    jobs = {}
     for name, token_loss in losses.items():
-        config = load_config(arguments.hparams, arguments.model, token_loss=token_loss)
-        with_changes(config, arguments.change)
+        config = with_changes(load_config(arguments.hparams, arguments.model, token_loss=token_loss), arguments.change)
         file = arguments.out / f"{name.replace(':', '-')}{'-no-prefixes' if arguments.no_prefixes else ''}.jsonl"
-        try:
+        jobs[name] = config, file
+    try:
+        for config, file in jobs.values():
             require_same_settings(file, {"data": arguments.data.name, **config})
-        except ValueError as error:
-            parser.error(f"{error}: give another folder")
+    except ValueError as error:
+        parser.error(str(error))
+    for name, (config, file) in jobs.items():
         records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         done = {record["case"] for record in records}
         left = [case for case in range(len(requests)) if case not in done]

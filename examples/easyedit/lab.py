@@ -35,7 +35,7 @@ from framework import (
     forget_keys,
     load_config,
     load_hparams,
-    mend_pmet,
+    open_editor,
     quiet,
     scores_of,
     with_changes,
@@ -153,17 +153,10 @@ def prepare(jobs: list[Job], model: str, out: Path) -> None:
         subprocess.run([*program, *arguments], cwd=elsewhere, check=True, stdout=subprocess.DEVNULL)
 
 
-def open_editor(job: Job, model: str, out: Path) -> Any:
+def editor_of(job: Job, model: str, out: Path) -> Any:
     """EasyEdit's editor of the job's method, or what stands in its place."""
-    from easyeditor import BaseEditor
-
     config = config_of(job, model, out)
-    if job.method == "UnKE":
-        return UnkeEditor(config, texts())
-    editor = BaseEditor.from_hparams(load_hparams(config))
-    if job.method == "PMET":
-        mend_pmet(editor)
-    return editor
+    return UnkeEditor(config, texts()) if job.method == "UnKE" else open_editor(config)
 
 
 def perform(job: Job, model: str, out: Path) -> str:
@@ -195,7 +188,7 @@ def perform(job: Job, model: str, out: Path) -> str:
             start = time.perf_counter()
             with quiet():
                 if editor is None or job.method in NOT_TAKEN_BACK:
-                    editor = open_editor(job, model, out)
+                    editor = editor_of(job, model, out)
                 if job.method in KEEP_KEYS:
                     forget_keys(editor)
                 metrics, _ = edit(editor, [requests[case]], sequential=False)

@@ -13,7 +13,7 @@ ACCEPTED = "Qwen2.5-7B-Instruct"
 """UnKE trains its layer only where model_name contains this or Llama3-8B-Instruct; nothing else depends on it."""
 
 OWN: Config = {"fact_token": "last", "lr": 2e-4, "optim_num_step": 50, "ex_data_num": 20}
-"""What UnKE's hparams have beside MEMIT's."""
+"""Where UnKE's hparams differ from MEMIT's, or have more."""
 
 
 class UnkeEditor:

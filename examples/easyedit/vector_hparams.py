@@ -17,7 +17,7 @@ OF_RELATIVE = {**dict.fromkeys(("EMMET", "CORE", "EAMET", "PMET", "UnKE"), "MEMI
 """Whose file a method without one of its own takes."""
 
 OWN: dict[str, Config] = {
-    "EMMET": {"mom2_update_weight": 100_000, "update_norm_lambda": 0, "emmet_lambda": 0.1},
+    "EMMET": {"update_norm_lambda": 0, "emmet_lambda": 0.1},
     "EAMET": {
         "ks_bs": 1,
         "clamp_ks_factor": 1,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from overtone.huggingface.token_ids import check_text, padding_id, text_ids
 from overtone.huggingface.written_texts import WrittenTexts
 
 __all__ = ["EditTexts"]
@@ -37,7 +38,7 @@ class EditTexts:
     """Batches of one edit: its own text in every step, and a few of those around it, drawn anew for each.
 
     The target is learned behind the edit's prompt, and behind a prefix and the prompt. What must stay is what the model
-    said within the prompt, of other names, and of the subject: three groups, each with a mean of its own.
+    said within the prompt, of other names, and of the subject: three groups, whose means are added.
 
     Attributes:
         rows: the edit's own text, and then the others, kind by kind. One that the tokenizer does not make of its parts
@@ -57,8 +58,11 @@ class EditTexts:
             draw: how many texts of each kind take part in a step, 1 or more; None for all of them.
 
         Raises:
-            ValueError: for a target that does not continue the prompt token by token, or draw below 1.
+            ValueError: for an empty prompt or target, a target that does not continue the prompt token by token, or
+                draw below 1.
         """
+        check_text("prompt", prompt)
+        check_text("target", target)
         if draw is not None and (isinstance(draw, bool) or not isinstance(draw, int) or draw < 1):
             raise ValueError(f"draw must be a whole number, 1 or more, or None for all texts, got {draw!r}")
         written = WrittenTexts() if written is None else written
@@ -80,8 +84,7 @@ class EditTexts:
             self._places.append(range(len(self.rows), len(self.rows) + len(found)))
             self.rows += found
         self._draw = draw
-        known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self._filler: int = next(token for token in known if token is not None)
+        self._padding = padding_id(tokenizer)
 
     def drawn(self, step: int) -> list[int]:
         """The places in `rows` of the texts that take part in a step, counted from 0; the same at every call."""
@@ -107,7 +110,7 @@ class EditTexts:
             return pad_sequence(parts, batch_first=True, padding_value=filler).to(device)
 
         return {
-            "input_ids": padded([row.ids for row in rows], self._filler),
+            "input_ids": padded([row.ids for row in rows], self._padding),
             "attention_mask": padded([torch.ones_like(row.ids) for row in rows], 0),
             "labels": padded([row.labels for row in rows], -100),
             "anchor_groups": padded([row.groups for row in rows], 0),
@@ -116,7 +119,7 @@ class EditTexts:
 
 def _encoded(tokenizer: Any, prompt: str, continuation: str) -> tuple[Tensor, int] | None:
     """The ids of a text and how many of them the prompt has, where the text's tokens begin with the prompt's."""
-    before, ids = (tokenizer(text).input_ids for text in (prompt, prompt + continuation))
+    before, ids = (text_ids(tokenizer, text) for text in (prompt, prompt + continuation))
     return (torch.tensor(ids), len(before)) if len(ids) > len(before) and ids[: len(before)] == before else None
 
 

@@ -144,7 +144,7 @@ def record_anchors(
             "the anchor keeps nothing in a batch in which every token is a target or leads to one: give the prompts' "
             "tokens the label -100"
             if batch.anchor_groups is None
-            else "the anchor keeps nothing in a batch whose anchor_groups are all 0",
+            else "the anchor keeps nothing in a batch whose anchor_groups are all 0: number the positions to keep",
             stacklevel=2,
         )
     if reference == "adapter":

@@ -6,7 +6,7 @@ must stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from overtone.huggingface.reference import evaluating
+from overtone.huggingface.token_ids import check_text, padding_id, text_ids
 
 __all__ = ["WrittenTexts", "write_texts"]
 
@@ -23,6 +24,8 @@ OPENINGS = ("The", "Therefore", "Because")
 NAME_TOKENS = 8
 ANSWER_TOKENS = 3
 TEXT_TOKENS = 10
+PLAIN: Mapping[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": None}
+"""Generation by the model's distribution alone, whatever its generation_config has."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class WrittenTexts:
 
     Attributes:
         prefixes: sentences that have nothing to do with the edit, each with a space at its end.
-        neighbours: the edit's prompt asked of other names, each with the model's own answer.
-        about: the subject, each time with what the model says after it.
+        neighbours: the edit's prompt asked of other names, each with the model's own answer after a space.
+        about: the subject, each time with what the model says next, after a space.
     """
 
     prefixes: tuple[str, ...] = ()
@@ -54,16 +57,16 @@ def write_texts(
         prompt: of the edit.
         subject: whom the edit is about, as the prompt spells it.
         count: texts of each kind at most, 1 or more.
-        seed: of the sampling; torch's global random state is left alone.
+        seed: of the sampling, 0 or more; torch's global random state is put back afterwards.
 
     Raises:
-        ValueError: an empty prompt or subject, or a count below 1.
+        ValueError: an empty prompt or subject, a count below 1, or a seed that is no whole number.
     """
-    for name, value in (("prompt", prompt), ("subject", subject)):
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{name} must be a text, got {value!r}")
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"count must be a whole number, 1 or more, got {count!r}")
+    check_text("prompt", prompt)
+    check_text("subject", subject)
+    for name, value, least in (("count", count, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
     writer = _Writer(model, tokenizer)
     openings = list(islice(cycle(OPENINGS), count))
     with evaluating(model):
@@ -75,7 +78,7 @@ def write_texts(
         with _seeded(seed, writer.device):
             about = writer.continuations([subject] * count, TEXT_TOKENS)
     return WrittenTexts(
-        tuple(f"{opening} {rest.rstrip('.')}. " for opening, rest in zip(openings, said, strict=True)),
+        tuple(f"{opening} {rest.rstrip('.')}. " for opening, rest in zip(openings, said, strict=True) if rest),
         neighbours,
         tuple((subject, f" {rest}") for rest in about if rest),
     )
@@ -83,8 +86,13 @@ def write_texts(
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    is_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if is_cuda else []):
+        # Not torch.manual_seed, which seeds every device, those too whose state is not put back.
+        torch.default_generator.manual_seed(seed)
+        if is_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 
@@ -97,16 +105,16 @@ class _Writer:
     @torch.no_grad()
     def continuations(self, texts: Sequence[str], tokens: int, *, greedy: bool = False) -> list[str]:
         """What the model puts after each text, up to the end of the line and without spaces around it."""
-        ids = [self._tokenizer(text).input_ids for text in texts]
+        ids = [text_ids(self._tokenizer, text) for text in texts]
         width = max(map(len, ids))
-        known = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0)
-        filler = next(token for token in known if token is not None)
+        filler = padding_id(self._tokenizer)
         # Generation goes on at the right end, so the padding is on the left, whatever the tokenizer's own side.
         generated = self._model.generate(  # type: ignore[operator]
             input_ids=torch.tensor([[filler] * (width - len(own)) + own for own in ids], device=self.device),
             attention_mask=torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in ids], device=self.device),
             max_new_tokens=tokens,
             pad_token_id=filler,
+            **PLAIN,
             **({"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}),
         )
         said = self._tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
@@ -118,7 +126,8 @@ def _neighbours(writer: _Writer, prompt: str, subject: str, count: int) -> tuple
         return ()
     # Twice as many as wanted, since it repeats itself.
     said = writer.continuations([f"1. {subject}\n2."] * (2 * count), NAME_TOKENS)
-    names = [name for name in dict.fromkeys(said) if name and name != subject][:count]
+    # A name that contains the subject would keep what the edit is to change.
+    names = [name for name in dict.fromkeys(said) if name and subject.casefold() not in name.casefold()][:count]
     prompts = [prompt.replace(subject, name) for name in names]
     answers = writer.continuations(prompts, ANSWER_TOKENS, greedy=True) if prompts else []
     return tuple((asked, f" {answer}") for asked, answer in zip(prompts, answers, strict=True) if answer)
