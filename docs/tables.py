@@ -39,6 +39,9 @@ EARLIER = "earlier_recommended"
 LOSSES = (*COMPARED[:2], *(f"cross_entropy:hold={stop}" for stop in STOPS), *COMPARED[2:], EARLIER)
 """The losses that a table shows, in its order: those that the lab compares, and cross-entropy stopped elsewhere."""
 
+KEY, DIFFERENCE = "`token_loss`", "difference an edit (standard error)"
+"""Titles of columns."""
+
 Builder = Callable[[], pd.DataFrame]
 TABLES: dict[str, Builder] = {}
 
@@ -221,30 +224,29 @@ def gemma_breadth() -> pd.DataFrame:
 
 @table
 def anchor_search() -> pd.DataFrame:
-    """Anchors on several groups of texts, and minus cross-entropy held at 0.3 and at the data set's best stop."""
+    """Edits with written texts and without, and minus cross-entropy held at 0.3 and at the data set's best stop."""
     edits = read_edits("real/gemma-3-270m-anchor-search").fillna({"groups": ""})
     found = []
     for data, own in edits.groupby("data", sort=False):
-        wide_edits = own.pivot(index="edit", columns=["loss", "groups"], values="average").dropna()
-        shared = own[own.edit.isin(wide_edits.index)]
+        averages = own.pivot(index="edit", columns=["loss", "groups"], values="average").dropna()
+        shared = own[own.edit.isin(averages.index)]
         means = shared.groupby(["loss", "groups"], sort=False)[[*MEASURES, "kl", "steps"]].mean()
         best = max((key for key in means.index if not key[1]), key=lambda key: means.average[key])
-        rivals = {"minus held at 0.3": ("cross_entropy:hold=0.3", ""), "minus the best stop": best}
-        for (loss, groups), row in means.iterrows():
-            found.append(
-                {"data": data_title(data), "loss": title_of(loss), "texts": groups.replace("+", ", ")}
-                | {title: number(row[name]) for name, title in MEASURES.items()}
-                | {"KL on locality": number(row.kl, 2), "steps": number(row.steps), "edits": str(len(wide_edits))}
-                | {
-                    title: ""
-                    if rival == (loss, groups)
-                    else difference(
-                        pd.Series(mean_gain(wide_edits[loss, groups] - wide_edits[rival], wide_edits.index))
-                    )
-                    for title, rival in rivals.items()
-                }
-            )
+        for key, row in means.iterrows():
+            titles = {"data": data_title(data), "loss": title_of(key[0]), "texts": key[1].replace("+", ", ")}
+            measures = {title: number(row[name]) for name, title in MEASURES.items()}
+            others = {"KL on locality": number(row.kl, 2), "steps": number(row.steps), "edits": str(len(averages))}
+            minus_fixed = {"minus held at 0.3": minus(averages, key, ("cross_entropy:hold=0.3", ""))}
+            minus_best = {"minus the best stop": minus(averages, key, best)}
+            found.append(titles | measures | others | minus_fixed | minus_best)
     return pd.DataFrame(found)
+
+
+def minus(values: pd.DataFrame, column: Any, rival: Any) -> str:
+    """A column minus another, edit by edit; empty where it is the rival itself."""
+    if column == rival:
+        return ""
+    return difference(pd.Series(mean_gain(values[column] - values[rival], values.index)))
 
 
 @table
@@ -381,9 +383,6 @@ def easyedit_lab_vstar_measures() -> pd.DataFrame:
     edits = read_edits("easyedit-lab-vstar")
     edits = edits[~edits.method.str.contains("steps")]
     return against_no_key_of(edits.assign(method="all")).drop(columns="method")
-
-
-KEY, DIFFERENCE = "`token_loss`", "difference an edit (standard error)"
 
 
 def against_no_key(name: str) -> pd.DataFrame:

@@ -193,8 +193,10 @@ def read_done(file: Path) -> set[tuple[str, ...]]:
     """The keys of the rows in a file.
 
     Raises:
-        ValueError: for a file with other columns.
+        ValueError: for a file with other columns, or with half a line at its end.
     """
+    if not file.read_text(encoding="utf-8").endswith("\n"):
+        raise ValueError(f"--out {file} ends in a line that was cut off: delete that line")
     with file.open(newline="", encoding="utf-8") as stream:
         reader = csv.DictReader(stream)
         if tuple(reader.fieldnames or ()) != FIELDS:

@@ -158,6 +158,14 @@ class TestFile:
         with pytest.raises(ValueError, match=r"has edits of .*'size': 3.*, not of .*'size': 4"):
             call("--edits", "1", "--size", "4")
 
+    def test_refuses_half_a_line(self, call, tmp_path):
+        call("--edits", "1")
+        whole = (tmp_path / "out.csv").read_text()
+        (tmp_path / "out.csv").write_text(whole[:-5])
+        with pytest.raises(ValueError, match="ends in a line that was cut off: delete that line"):
+            call()
+        assert (tmp_path / "out.csv").read_text() == whole[:-5]
+
     def test_refuses_the_file_of_another_program(self, call, tmp_path):
         (tmp_path / "out.csv").write_text("a,b\n1,2\n")
         with pytest.raises(ValueError, match="other columns than data, edit, loss"):

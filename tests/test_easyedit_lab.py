@@ -96,11 +96,13 @@ class TestKnowEdit:
         """The same settings go on; others would be averaged with what is there."""
         knowedit = importlib.import_module("knowedit")
         file = tmp_path / "overtone.jsonl"
-        (tmp_path / "earlier.jsonl").write_text("")
+        (tmp_path / "earlier.jsonl").write_text("{}\n")
         with pytest.raises(ValueError, match=r"edits of earlier without earlier\.settings\.json: give another folder"):
             knowedit.require_same_settings(tmp_path / "earlier.jsonl", {"lr": 1})
         settings = {"data": "zsre.json", "lr": 5e-4, "layers": (1, 2)}
+        knowedit.require_same_settings(file, settings | {"lr": 1.0})  # of which no edit was made
         knowedit.require_same_settings(file, settings)
+        file.write_text("{}\n")
         knowedit.require_same_settings(file, settings)
         with pytest.raises(ValueError, match=r"edits of overtone made with layers=\[1, 2\], not with layers=\[3\]"):
             knowedit.require_same_settings(file, settings | {"layers": [3]})

@@ -519,6 +519,23 @@ class TestRefused:
         with attached, pytest.raises(error, match=f"anchor_groups must .*{said}"):
             model(**batch_of(model), anchor_groups=groups)
 
+    def test_a_micro_batch_without_targets(self):
+        """Its share of the step's label tokens is 0, and with it its anchors' weight: somebody has to say so."""
+        model = lora(tiny_models.build())
+        batch = {**batch_of(model), "anchor_groups": some_groups()}
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+        with attach(model, CONFIG, reference="adapter"):
+            assert model(**batch).loss > 0
+            with pytest.warns(UserWarning, match="without a target"):
+                assert model(**batch, num_items_in_batch=9).loss == 0
+
+    def test_another_attachment_on_top_that_has_no_anchor(self):
+        model = lora(tiny_models.build())
+        batch = batch_of(model)
+        both = attach(model, CONFIG, reference="adapter"), attach(model)
+        with both[0], both[1], pytest.raises(ValueError, match="anchor_groups must be None"):
+            model(**batch, anchor_groups=some_groups())
+
     def test_no_groups_at_all(self):
         model = lora(tiny_models.build())
         batch = batch_of(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import mini_lab
 import pytest
@@ -85,6 +86,7 @@ class TestWriteTexts:
         ("changed", "said"),
         [
             ({"prompt": " "}, "prompt must be a text, got ' '"),
+            ({"prompt": f"{PROMPT} "}, "prompt must not end with a space, got 'the head of acme is '"),
             ({"subject": None}, "subject must be a text, got None"),
             ({"count": 0}, "count must be a whole number, 1 or more, got 0"),
             ({"count": True}, "count must be a whole number, 1 or more, got True"),
@@ -127,7 +129,7 @@ class TestScripted:
 
     SAID = (
         ["milk runs .", "", "tea"],
-        ["zed", "acme", "dan", "dan", "ana acme bo", ""],
+        ["zed", "acme .", "dan", "dan ,", "ana acme bo", ""],
         ["bo cy", ""],
         ["likes rain", "", "is by"],
     )
@@ -137,7 +139,7 @@ class TestScripted:
         return Scripted(mini_lab.tokenizer(), *self.SAID)
 
     def test_texts(self, scripted):
-        """No empty ones, no name twice, and none that contains the subject."""
+        """No empty ones, no name twice, and none that may mean the subject."""
         written = write_texts(scripted, mini_lab.tokenizer(), PROMPT, "acme", count=3)
         assert written == WrittenTexts(
             prefixes=("The milk runs . ", "Because tea. "),
@@ -146,6 +148,33 @@ class TestScripted:
         )
         assert scripted.prompts[2] == ["the head of zed is", "the head of dan is"]
         assert scripted.training
+
+    @pytest.mark.parametrize(
+        ("after", "said"),
+        [
+            ("s of it\nand", "s of it"),
+            (" of it \nand", " of it"),
+            ("\n\nIt is\nand", " It is"),
+            (", of it", ", of it"),
+            (" half a \ufffd", ""),
+            (" \n ", ""),
+        ],
+    )
+    def test_the_first_line_with_words(self, after, said):
+        """As the model puts it: a mark or the rest of a word follows without a space."""
+
+        class Letters:
+            pad_token_id, eos_token_id = 0, None
+
+            def __call__(self, text):
+                return types.SimpleNamespace(input_ids=[ord(letter) for letter in text])
+
+            def decode(self, ids, skip_special_tokens=True):
+                return "".join(map(chr, ids))
+
+        model = Scripted(Letters(), ["milk"] * 2, ["zed"] * 4, ["tea"], [after] * 2)
+        written = write_texts(model, Letters(), PROMPT, "acme", count=2)
+        assert written.about == ((("acme", said),) * 2 if said else ())
 
     def test_is_asked_by_the_models_distribution_alone(self, scripted):
         write_texts(scripted, mini_lab.tokenizer(), PROMPT, "acme", count=3)
@@ -201,8 +230,10 @@ class TestBatch:
         assert len(EditTexts(tokenizer(), PROMPT, TARGET, written).rows) == 2
 
     def test_a_target_that_does_not_continue_its_prompt(self):
-        with pytest.raises(ValueError, match="does not continue prompt 'the head of acme is' token by token"):
+        with pytest.raises(ValueError, match="target must begin with a space after prompt 'the head of acme is'"):
             EditTexts(tokenizer(), PROMPT, "bo")
+        with pytest.raises(ValueError, match=r"'\. cy' does not continue prompt 'the head of acme is' token by token"):
+            EditTexts(tokenizer(), PROMPT, ". cy")
 
     @pytest.mark.parametrize("changed", [{"prompt": ""}, {"prompt": None}, {"target": " "}, {"target": 3}])
     def test_no_text(self, changed):

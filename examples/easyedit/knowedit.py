@@ -113,9 +113,10 @@ def require_same_settings(file: Path, settings: dict[str, Any]) -> None:
     """
     note = file.with_suffix(".settings.json")
     settings = json.loads(json.dumps(settings))
-    if not note.exists() and file.exists():
+    has_edits = file.exists() and file.stat().st_size > 0
+    if has_edits and not note.exists():
         raise ValueError(f"--out {file.parent} has edits of {file.stem} without {note.name}: give another folder")
-    known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else settings
+    known = json.loads(note.read_text(encoding="utf-8")) if has_edits else settings
     names = sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name))
     if names:
         before, now = (", ".join(f"{name}={one.get(name)}" for name in names) for one in (known, settings))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,8 @@ class AttachedLoss:
             arguments["anchors"] = self._anchors(
                 labels, shift_labels, ignore_index, like, logits.shape[-1], fused=diverted is not None
             )
+            if num_items_in_batch is not None:
+                _warn_without_targets(shift_labels if labels is None else labels, ignore_index)
         if diverted is None:
             with resharding(config.hold):
                 loss = causal_lm_loss(logits, labels, config, observer=self.observer, **arguments)
@@ -118,3 +121,14 @@ class AttachedLoss:
         """With the same observer and reference, as a function would have: a copy of the model reports to it too."""
         calls, fused_head = copy.deepcopy((self.calls, self.fused_head), memo)
         return dataclasses.replace(self, calls=calls, fused_head=fused_head)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _warn_without_targets(labels: Tensor | None, ignore_index: int) -> None:
+    """An anchored term counts with its micro-batch's share of the step's label tokens, which is then 0."""
+    if labels is not None and not (labels != ignore_index).any():
+        warnings.warn(
+            "the anchor counts nothing in a micro-batch without a target, whose share of the step's label tokens is 0: "
+            "put a row with a target into each",
+            stacklevel=2,
+        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from overtone.huggingface.token_ids import check_text, padding_id, text_ids
+from overtone.huggingface.token_ids import check_prompt, check_text, padding_id, text_ids
 from overtone.huggingface.written_texts import WrittenTexts
 
 __all__ = ["EditTexts"]
@@ -58,11 +58,13 @@ class EditTexts:
             draw: how many texts of each kind take part in a step, 1 or more; None for all of them.
 
         Raises:
-            ValueError: for an empty prompt or target, a target that does not continue the prompt token by token, or
-                draw below 1.
+            ValueError: for an empty prompt or target, a prompt that ends with a space, a target that does not continue
+                it token by token, or draw below 1.
         """
-        check_text("prompt", prompt)
+        check_prompt(prompt)
         check_text("target", target)
+        if _is_ascii_letter(prompt[-1]) and _is_ascii_letter(target[0]):
+            raise ValueError(f"target must begin with a space after prompt {prompt!r}, got {target!r}")
         if draw is not None and (isinstance(draw, bool) or not isinstance(draw, int) or draw < 1):
             raise ValueError(f"draw must be a whole number, 1 or more, or None for all texts, got {draw!r}")
         written = WrittenTexts() if written is None else written
@@ -115,6 +117,10 @@ class EditTexts:
             "labels": padded([row.labels for row in rows], -100),
             "anchor_groups": padded([row.groups for row in rows], 0),
         }
+
+
+def _is_ascii_letter(character: str) -> bool:
+    return character.isascii() and character.isalnum()
 
 
 def _encoded(tokenizer: Any, prompt: str, continuation: str) -> tuple[Tensor, int] | None:

@@ -258,7 +258,7 @@ def _take_batch(
             f"reference_logits must be None for {type(forward.model).__name__}: its loss is not attached with "
             "reference='logits'"
         )
-    if "anchor_groups" in given and not record.has_anchors:
+    if "anchor_groups" in given and not record.layers[-1].function.config.anchor:
         raise ValueError(
             f"anchor_groups must be None for {type(forward.model).__name__}: its loss is not attached with an anchor"
         )

@@ -17,6 +17,13 @@ def padding_id(tokenizer: Any) -> int:
     return next(token for token in known if token is not None)
 
 
+def check_prompt(prompt: object) -> None:
+    """Raise a ValueError unless it is a text that can go on with a space."""
+    check_text("prompt", prompt)
+    if str(prompt)[-1].isspace():
+        raise ValueError(f"prompt must not end with a space, got {prompt!r}: the target begins with it")
+
+
 def check_text(name: str, value: object) -> None:
     """Raise a ValueError that names the argument, unless it is a text with something in it."""
     if not isinstance(value, str) or not value.strip():

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from overtone.huggingface.reference import evaluating
-from overtone.huggingface.token_ids import check_text, padding_id, text_ids
+from overtone.huggingface.token_ids import check_prompt, check_text, padding_id, text_ids
 
 __all__ = ["WrittenTexts", "write_texts"]
 
@@ -24,7 +24,11 @@ OPENINGS = ("The", "Therefore", "Because")
 NAME_TOKENS = 8
 ANSWER_TOKENS = 3
 TEXT_TOKENS = 10
-PLAIN: Mapping[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": None}
+PLAIN: Mapping[str, Any] = {
+    **{"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
+    **dict.fromkeys(("min_p", "guidance_scale", "min_new_tokens", "suppress_tokens", "stop_strings")),
+    "return_dict_in_generate": False,
+}
 """Generation by the model's distribution alone, whatever its generation_config has."""
 
 
@@ -34,8 +38,8 @@ class WrittenTexts:
 
     Attributes:
         prefixes: sentences that have nothing to do with the edit, each with a space at its end.
-        neighbours: the edit's prompt asked of other names, each with the model's own answer after a space.
-        about: the subject, each time with what the model says next, after a space.
+        neighbours: the edit's prompt asked of other names, each with the model's own answer.
+        about: the subject, each time with what the model says next.
     """
 
     prefixes: tuple[str, ...] = ()
@@ -54,15 +58,16 @@ def write_texts(
     Args:
         model: a Hugging Face causal language model, as it is before the edit; run in evaluation mode.
         tokenizer: of the model.
-        prompt: of the edit.
+        prompt: of the edit, without a space at its end.
         subject: whom the edit is about, as the prompt spells it.
         count: texts of each kind at most, 1 or more.
         seed: of the sampling, 0 or more; torch's global random state is put back afterwards.
 
     Raises:
-        ValueError: an empty prompt or subject, a count below 1, or a seed that is no whole number.
+        ValueError: an empty prompt or subject, a prompt that ends with a space, a count below 1, or a seed that is no
+            whole number.
     """
-    check_text("prompt", prompt)
+    check_prompt(prompt)
     check_text("subject", subject)
     for name, value, least in (("count", count, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -78,9 +83,9 @@ def write_texts(
         with _seeded(seed, writer.device):
             about = writer.continuations([subject] * count, TEXT_TOKENS)
     return WrittenTexts(
-        tuple(f"{opening} {rest.rstrip('.')}. " for opening, rest in zip(openings, said, strict=True) if rest),
+        tuple(f"{opening}{rest.rstrip(' .')}. " for opening, rest in zip(openings, said, strict=True) if rest),
         neighbours,
-        tuple((subject, f" {rest}") for rest in about if rest),
+        tuple((subject, rest) for rest in about if rest),
     )
 
 
@@ -104,7 +109,7 @@ class _Writer:
 
     @torch.no_grad()
     def continuations(self, texts: Sequence[str], tokens: int, *, greedy: bool = False) -> list[str]:
-        """What the model puts after each text, up to the end of the line and without spaces around it."""
+        """What the model puts after each text: its first line with words; empty if there is none."""
         ids = [text_ids(self._tokenizer, text) for text in texts]
         width = max(map(len, ids))
         filler = padding_id(self._tokenizer)
@@ -117,8 +122,16 @@ class _Writer:
             **PLAIN,
             **({"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}),
         )
-        said = self._tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-        return [text.strip().split("\n")[0].strip() for text in said]
+        return [self._said_after(own, new) for own, new in zip(ids, generated[:, width:].tolist(), strict=True)]
+
+    def _said_after(self, ids: list[int], new: list[int]) -> str:
+        # Not decoded alone: some tokenizers leave out the space before the first token.
+        before, after = (self._tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids + new))
+        said = after[len(before) :].rstrip()
+        if not said.split("\n")[0].strip():
+            said = f" {said.strip()}" if said.strip() else ""  # a question is often answered on the next line
+        said = said.split("\n")[0].rstrip()
+        return "" if "\ufffd" in said else said  # the end of a token that is a part of a character
 
 
 def _neighbours(writer: _Writer, prompt: str, subject: str, count: int) -> tuple[tuple[str, str], ...]:
@@ -126,8 +139,15 @@ def _neighbours(writer: _Writer, prompt: str, subject: str, count: int) -> tuple
         return ()
     # Twice as many as wanted, since it repeats itself.
     said = writer.continuations([f"1. {subject}\n2."] * (2 * count), NAME_TOKENS)
-    # A name that contains the subject would keep what the edit is to change.
-    names = [name for name in dict.fromkeys(said) if name and subject.casefold() not in name.casefold()][:count]
-    prompts = [prompt.replace(subject, name) for name in names]
+    names = [
+        name for name in dict.fromkeys(rest.strip(" .,;:") for rest in said) if name and not _overlap(name, subject)
+    ]
+    prompts = [prompt.replace(subject, name) for name in names[:count]]
     answers = writer.continuations(prompts, ANSWER_TOKENS, greedy=True) if prompts else []
-    return tuple((asked, f" {answer}") for asked, answer in zip(prompts, answers, strict=True) if answer)
+    return tuple((asked, answer) for asked, answer in zip(prompts, answers, strict=True) if answer)
+
+
+def _overlap(name: str, subject: str) -> bool:
+    """Whether the name may mean the subject, of which it would keep what the edit is to change."""
+    one, other = name.casefold(), subject.casefold()
+    return one in other or other in one

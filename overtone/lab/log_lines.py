@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 
@@ -22,7 +21,7 @@ class LogLines:
     def __init__(self) -> None:
         """Start the clock: the first line comes after `SECONDS_A_LINE`."""
         self.console = Console(stderr=True)
-        self._has_bar = sys.stderr.isatty() and not self.console.is_dumb_terminal
+        self._has_bar = self.console.is_terminal and not self.console.is_dumb_terminal
         self._told = time.monotonic()
 
     def tell(self, line: Callable[[], str]) -> None:
