@@ -129,7 +129,7 @@ class TestScripted:
 
     SAID = (
         ["milk runs .", "", "tea"],
-        ["zed", "acme .", "dan", "dan ,", "ana acme bo", ""],
+        ["zed", "acme .", "dan", "dan .", "ana acme bo", ""],
         ["bo cy", ""],
         ["likes rain", "", "is by"],
     )
