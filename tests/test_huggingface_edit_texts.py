@@ -142,7 +142,7 @@ class TestScripted:
         """No empty ones, no name twice, and none that may mean the subject."""
         written = write_texts(scripted, mini_lab.tokenizer(), PROMPT, "acme", count=3)
         assert written == WrittenTexts(
-            prefixes=("The milk runs . ", "Because tea. "),
+            prefixes=("The milk runs. ", "Because tea. "),
             neighbours=(("the head of zed is", " bo cy"),),
             about=(("acme", " likes rain"), ("acme", " is by")),
         )
