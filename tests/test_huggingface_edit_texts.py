@@ -78,7 +78,8 @@ class TestWriteTexts:
         assert words.padding_side == "right"
 
     def test_a_prompt_without_its_subject_has_no_neighbours(self, model):
-        written = write_texts(model, tokenizer(), "it is led by", "acme", count=2)
+        with pytest.warns(UserWarning, match="no neighbours .* 'acme': prompt 'it is led by' does not contain it"):
+            written = write_texts(model, tokenizer(), "it is led by", "acme", count=2)
         assert written.neighbours == ()
         assert len(written.prefixes) == 2
 

@@ -6,6 +6,7 @@ must stay.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def write_texts(
     """Let a model write texts around an edit that is not made yet.
 
     Names are those with which it goes on after a list that begins with the subject. There are fewer neighbours than
-    `count` where it repeats itself or has no answer, and none where the prompt does not contain the subject.
+    `count` where it repeats itself or has no answer; where there are none, a warning says so.
 
     Args:
         model: a Hugging Face causal language model, as it is before the edit; run in evaluation mode.
@@ -82,6 +83,9 @@ def write_texts(
             neighbours = _neighbours(writer, prompt, subject, count)
         with _seeded(seed, writer.device):
             about = writer.continuations([subject] * count, TEXT_TOKENS)
+    if not neighbours:
+        why = "the model goes on with no other names" if subject in prompt else f"prompt {prompt!r} does not contain it"
+        warnings.warn(f"no neighbours were written for subject {subject!r}: {why}", stacklevel=2)
     return WrittenTexts(
         tuple(f"{opening}{rest.rstrip(' .')}. " for opening, rest in zip(openings, said, strict=True) if rest),
         neighbours,
