@@ -34,7 +34,7 @@ from overtone.huggingface import EditTexts, write_texts
 from overtone.lab.data.corpora import open_corpus
 from overtone.lab.data.edit import Edit
 from overtone.lab.edit.families import Family
-from overtone.lab.edit.many import Job, OpenedWeights, Snapshot, fit_many
+from overtone.lab.edit.many import Job, OpenedWeights, Snapshot, at_least_float32, fit_many
 from overtone.lab.edit.methods import METHODS, MethodSettings
 from overtone.lab.model.positions import Text, logits_at
 from overtone.lab.model.targets import IGNORE_INDEX, encode_targets
@@ -220,7 +220,7 @@ def main(given: Sequence[str] | None = None) -> None:
         losses = [loss for loss, key in keys.items() if tuple(key.values()) not in (done or ())]
         if not losses:
             continue
-        ends = ends_of(workplace, opened, settings, edit, opened.start(number).float(), arguments, losses)
+        ends = ends_of(workplace, opened, settings, edit, at_least_float32(opened.start(number)), arguments, losses)
         (exam,) = examine_many(workplace.model, workplace.tokenizer, opened, [edit])
         scores = score_many(workplace.model, opened, [(exam, end.weights) for end in ends.values()])
         with arguments.out.open("a", newline="", encoding="utf-8") as stream:

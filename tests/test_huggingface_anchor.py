@@ -21,6 +21,7 @@ from transformers import Trainer
 
 from overtone import Anchors, OverToneConfig, overtone_loss
 from overtone.huggingface import TokenStatesCallback, attach, causal_lm_loss, compute_loss_func
+from overtone.huggingface.forward import WatchedForward
 from overtone.huggingface.reference import evaluating, positions_that_stay
 from overtone.huggingface.wrappers import without_adapters
 
@@ -145,6 +146,16 @@ class TestAttached:
         may_stay = positions_that_stay(batch, batch["labels"], None, -100, None)
         with attach(model, CONFIG, reference="adapter"):
             assert torch.equal(model(**batch, anchor_groups=2 * may_stay.long()).loss, model(**batch).loss)
+
+    def test_groups_reach_a_forward_inside_another(self):
+        """As PEFT's wrappers that keep the model's forward make them: the outer one has taken the argument."""
+        model = lora(tiny_models.build(sharpness=3))
+        batch, groups = batch_of(model), some_groups()
+        with attach(model, CONFIG, reference="adapter"):
+            causal_lm = model.get_base_model()
+            inside = WatchedForward(causal_lm, causal_lm.forward)(**batch, anchor_groups=groups).loss
+            assert torch.equal(inside, model(**batch, anchor_groups=groups).loss)
+            assert not torch.equal(inside, model(**batch).loss)
 
     def test_groups_in_a_trainer(self, tmp_path):
         """As a column of a dataset whose rows are padded already."""

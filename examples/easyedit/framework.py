@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import logging
@@ -138,7 +137,6 @@ def mend_pmet(editor: Any) -> None:
     """Pad on the right, as PMET counts, and put the space before a target that a byte-level tokenizer wants there."""
     apply = editor.apply_algo
 
-    @functools.wraps(apply)  # its module is where an editor's method is looked for
     def with_space(model: Any, tok: Any, requests: list[Request], *args: Any, **kwargs: Any) -> Any:
         spaced = [{**request, "target_new": f" {request['target_new']}"} for request in requests]
         return apply(model, tok, spaced, *args, **kwargs)

@@ -266,9 +266,7 @@ def _take_batch(
     if call.outer is not None and call.outer.batch is not None:
         outer = call.outer.batch
         given = {name: getattr(outer, name) for name in OF_THE_ANCHOR} | given
-    call.batch = Batch(
-        forward.model, forward.forward, args, kwargs, given.get("reference_logits"), given.get("anchor_groups")
-    )
+    call.batch = Batch(forward.model, forward.forward, args, kwargs, **given)
     return kwargs
 
 

@@ -48,7 +48,7 @@ class Batch:
     forward: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    reference_logits: Tensor | None
+    reference_logits: Tensor | None = None
     anchor_groups: Tensor | None = None
 
     @property
