@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import mini_lab
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 FOLDER = Path(__file__).parent.parent / "examples" / "easyedit"
+
+
+def assert_equal(first, second):
+    assert len(first) == len(second)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 @pytest.fixture
@@ -74,12 +83,51 @@ def test_pmet_is_padded_on_the_right_and_sees_a_space_before_its_targets(framewo
     assert requests[0]["target_new"] == "Tass"
 
 
+def test_a_vector_is_optimised_at_the_mlps_of_the_edited_layers_alone(framework):
+    """The last layer's output stays what the loss is read from."""
+    hparams = SimpleNamespace(
+        layer_module_tmp="model.layers.{}", mlp_module_tmp="model.layers.{}.mlp", layers=[2, 3], v_loss_layer=5
+    )
+    framework.optimise_at_mlp(hparams)
+    template = copy.deepcopy(hparams).layer_module_tmp
+    names = [template.format(layer) for layer in (1, 2, 3, 5)]
+    assert names == ["model.layers.1", "model.layers.2.mlp", "model.layers.3.mlp", "model.layers.5"]
+
+
+class TestUnkeOnModelsOfSeveralTypesOfLayers:
+    """A rotary embedding of which no type of layer is asked."""
+
+    @pytest.mark.parametrize("layer", [0, 1])
+    def test_is_that_of_the_trained_layer(self, lab, layer):
+        sizes = mini_lab.SIZES | {"num_key_value_heads": 1, "head_dim": 16}
+        sizes["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+        model = AutoModelForCausalLM.from_config(Gemma3TextConfig(vocab_size=24, **sizes)).eval()
+        inputs = torch.randint(3, 20, (1, 6))
+        before = model(inputs).logits
+        x, positions = torch.zeros(1, 6, 32), torch.arange(6)[None]
+        expected = model.model.rotary_emb(x, positions, model.config.layer_types[layer])
+        other = model.model.rotary_emb(x, positions, model.config.layer_types[1 - layer])
+        importlib.import_module("unke").mend_rotary(model.model, layer)
+        assert_equal(model.model.rotary_emb(x, positions), expected)
+        assert not torch.equal(model.model.rotary_emb(x, positions)[0], other[0])
+        assert torch.equal(model(inputs).logits, before)
+
+    def test_others_stay(self, lab):
+        model = mini_lab.random_model("llama")
+        importlib.import_module("unke").mend_rotary(model.model, 0)
+        assert "forward" not in vars(model.model.rotary_emb)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--methods", "ROME", "--in-a-row", "3"], "--in-a-row is not for ROME"),
         (["--methods", "UnKE_ARE"], "unknown: UnKE_ARE"),
         (["--methods", "ROME", "--losses", "none", "cross_entropy:anchor=1"], "anchor=1"),
+        (["--methods", "ROME", "--change", "v_lrr=1"], "--change v_lrr: ROME has alg_name, attn_module_tmp"),
+        (["--methods", "WISE", "--change", "context_templates=false"], "--change context_templates: WISE has"),
+        (["--methods", "ROME", "--change", 'token_loss="gem"'], "a loss is named in --losses"),
+        (["--methods", "ROME", "--change", "fact_token=last"], "--change fact_token=last: the value must be JSON"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -109,3 +157,33 @@ class TestKnowEdit:
         with pytest.raises(ValueError, match=r"made with data=zsre\.json, not with data=wiki\.json"):
             knowedit.require_same_settings(file, settings | {"data": "wiki.json"})
         knowedit.require_same_settings(tmp_path / "cross-entropy.jsonl", settings | {"layers": [3]})
+
+    @pytest.mark.parametrize(
+        ("file", "arguments", "message"),
+        [
+            ("memit", ["--method", "SPHERE"], "SPHERE takes its values from a file of AlphaEdit, not of MEMIT"),
+            ("rome", ["--at-mlp"], "--at-mlp is for MEMIT, EMMET, AlphaEdit, SPHERE, CORE, EAMET, not for ROME"),
+            ("memit", ["--method", "UnKE"], "--keep is for UnKE, and needed there; the method is UnKE"),
+            ("memit", ["--change", "layer=[3]"], "--change layer: MEMIT has"),
+            ("memit", ["--keep", "texts.txt"], "--keep is for UnKE, and needed there; the method is MEMIT"),
+            ("memit", ["--method", "UnKE", "--keep", "texts.txt", "--no-prefixes"], "not for UnKE"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_refuses_what_a_method_does_not_have(self, lab, tmp_path, monkeypatch, capsys, file, arguments, message):
+        data, out = tmp_path / "data.json", tmp_path / "out"
+        data.write_text("[]")
+        hparams = FOLDER / "hparams" / f"{file}-llama-3.2-3b-instruct.yaml"
+        program = [
+            "knowedit.py",
+            str(tmp_path / "data.json"),
+            "--hparams",
+            str(hparams),
+            "--out",
+            str(tmp_path / "out"),
+        ]
+        monkeypatch.setattr(sys, "argv", [*program, *arguments])
+        with pytest.raises(SystemExit):
+            importlib.import_module("knowedit").main()
+        assert message in capsys.readouterr().err
+        assert not out.exists()

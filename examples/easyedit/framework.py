@@ -40,6 +40,9 @@ VECTOR_METHODS = ("ROME", "R-ROME", "MEMIT", "EMMET", "AlphaEdit", "SPHERE", "CO
 NOT_TAKEN_BACK = ("MELO", "EMMET", "UnKE")
 """Their single edits stay in the editor's model."""
 
+LAYER_METHODS = ("MEMIT", "EMMET", "AlphaEdit", "SPHERE", "CORE", "EAMET")
+"""Of these those that write into an MLP what is to come out of its layer."""
+
 KEEP_KEYS = ("AlphaEdit", "SPHERE")
 """They keep the keys of every edit in their module, of single ones too."""
 
@@ -63,11 +66,21 @@ def load_config(path: Path, model: str | None = None, **changes: Any) -> Config:
 
 
 def with_changes(config: Config, changes: str) -> Config:
-    """The config with values as a command line spells them, in JSON: ``act_ratio=0.5;layers=[2,3]``."""
+    """The config with values as a command line spells them, in JSON: ``act_ratio=0.5;layers=[2,3]``.
+
+    Raises:
+        ValueError: for a name that the config does not have, and a value that is not JSON.
+    """
     for change in filter(None, changes.split(";")):
         name, _, value = change.partition("=")
         section = config["grace"] if config["alg_name"] == "MELO" and name in config["grace"] else config
-        section[name] = json.loads(value)
+        if name not in section or name == "token_loss":
+            known = ", ".join(sorted(section.keys() - {"token_loss"}))
+            raise ValueError(f"--change {name}: {config['alg_name']} has {known}; a loss is named in --losses")
+        try:
+            section[name] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--change {change}: the value must be JSON, as a word in quotation marks") from error
     return config
 
 
@@ -101,16 +114,19 @@ def fit_to_model(config: Config, model: str) -> None:
         section["grace_layer"] = re.sub(r"layers\.\d+", f"layers.{max(first - 1, 0)}", section["grace_layer"])
 
 
-def open_editor(config: Config, *, prefixes: bool = True) -> Any:
+def open_editor(config: Config, *, prefixes: bool = True, at_mlp: bool = False) -> Any:
     """EasyEdit's editor of a config, with what a method needs to run at all.
 
     Args:
         config: of any method but UnKE, which EasyEdit's editor does not know.
         prefixes: let a method that optimises one vector sample texts to put before its prompt.
+        at_mlp: let one of `LAYER_METHODS` optimise the output of the MLP into which it writes.
     """
     from easyeditor import BaseEditor
 
     editor = BaseEditor.from_hparams(load_hparams(config))
+    if at_mlp:
+        optimise_at_mlp(editor.hparams)
     if not prefixes:
         without_prefixes(editor)
     if config["alg_name"] == "PMET":
@@ -125,6 +141,28 @@ def without_prefixes(editor: Any) -> None:
     """
     module: Any = sys.modules[editor.apply_algo.__module__]
     module.CONTEXT_TEMPLATES_CACHE = ["{}"] if editor.alg_name in ("ROME", "R-ROME") else [["{}"]]
+
+
+class _LayerOrMlp(str):
+    """A template of layers' names that names the MLPs of some of them in their place."""
+
+    mlps: dict[int, str]
+
+    def format(self, *args: Any, **kwargs: Any) -> str:
+        """The name of a layer, or of its MLP."""
+        (layer,) = args
+        return self.mlps.get(layer) or super().format(layer, **kwargs)
+
+
+def optimise_at_mlp(hparams: Any) -> None:
+    """Let one of `LAYER_METHODS` optimise the output of an MLP in the place of its layer's.
+
+    It writes the vector into the MLP. Gemma 2 and 3 put a norm between the MLP and the layer's output, so that there a
+    vector of the one is none of the other.
+    """
+    template = _LayerOrMlp(hparams.layer_module_tmp)
+    template.mlps = {layer: hparams.mlp_module_tmp.format(layer) for layer in hparams.layers}
+    hparams.layer_module_tmp = template
 
 
 def forget_keys(editor: Any) -> None:

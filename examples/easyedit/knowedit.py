@@ -13,15 +13,18 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from framework import (
     KEEP_KEYS,
+    LAYER_METHODS,
     MEASURES,
     NOT_TAKEN_BACK,
     VECTOR_METHODS,
+    Config,
     Request,
     Scores,
     average,
@@ -35,6 +38,9 @@ from framework import (
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from unke import UnkeEditor
+from vector_hparams import METHODS as ONE_VECTOR
+from vector_hparams import as_method
 
 LOC_PROMPT = "The sky is"
 """Unrelated and shorter than every edit; WISE needs one."""
@@ -90,7 +96,7 @@ def _first(answer: Any) -> str:
 
 
 def edits(
-    config: dict[str, Any], requests: list[Request], cases: list[int], *, prefixes: bool
+    config: Config, requests: list[Request], cases: list[int], open_new: Callable[[Config], Any]
 ) -> Iterator[tuple[int, Scores]]:
     """Edit each case from the unedited model, and score it."""
     method = config["alg_name"]
@@ -98,7 +104,7 @@ def edits(
     for case in cases:
         with quiet():
             if editor is None or method in NOT_TAKEN_BACK:
-                editor = open_editor(config, prefixes=prefixes)
+                editor = open_new(config)
             if method in KEEP_KEYS:
                 forget_keys(editor)
             metrics, _, _ = editor.edit_requests([requests[case]], sequential_edit=False, verbose=False)
@@ -140,30 +146,52 @@ def main() -> int:
     parser.add_argument(
         "--no-prefixes", action="store_true", help=f"{', '.join(VECTOR_METHODS)}: the bare prompt alone; faster"
     )
+    parser.add_argument("--method", choices=ONE_VECTOR, help="another that takes its values from this file")
+    parser.add_argument(
+        "--at-mlp",
+        action="store_true",
+        help=f"{', '.join(LAYER_METHODS)}: the vector before the norm that Gemma 2 and 3 put after an MLP",
+    )
+    parser.add_argument("--keep", type=Path, metavar="TEXTS", help="UnKE: the texts to keep, one a line")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    method = load_config(arguments.hparams)["alg_name"]
+    of_file = load_config(arguments.hparams)
+    method = arguments.method or of_file["alg_name"]
+    try:
+        with_changes(as_method(of_file, method), arguments.change)
+    except ValueError as error:
+        parser.error(str(error))
     if arguments.no_prefixes and method not in VECTOR_METHODS:
         parser.error(f"--no-prefixes is for {', '.join(VECTOR_METHODS)}, not for {method}")
+    if arguments.at_mlp and method not in LAYER_METHODS:
+        parser.error(f"--at-mlp is for {', '.join(LAYER_METHODS)}, not for {method}")
+    if (method == "UnKE") != (arguments.keep is not None):
+        parser.error(f"--keep is for UnKE, and needed there; the method is {method}")
     if "EASYEDIT_ROOT" in os.environ:
         sys.path.insert(0, os.environ["EASYEDIT_ROOT"])
     import overtone.easyedit
 
     overtone.easyedit.install()
+    open_new = partial(open_editor, prefixes=not arguments.no_prefixes, at_mlp=arguments.at_mlp)
+    if arguments.keep:
+        texts = arguments.keep.read_text(encoding="utf-8").splitlines()
+        open_new = partial(UnkeEditor, texts=[text for text in texts if text.strip()])
     requests = read(arguments.data)[: arguments.limit]
     arguments.out.mkdir(parents=True, exist_ok=True)
-    in_file = {"overtone": load_config(arguments.hparams).get("token_loss", "overtone")}
+    in_file = {"overtone": of_file.get("token_loss", "overtone")}
     losses = {"cross-entropy": None, **({loss: loss for loss in arguments.losses} if arguments.losses else in_file)}
     console = Console(stderr=True)
     table = Table("loss", "edits", *MEASURES, "Avg", title=f"{arguments.data.stem}, {arguments.hparams.stem}")
     jobs = {}
     for name, token_loss in losses.items():
-        config = with_changes(load_config(arguments.hparams, arguments.model, token_loss=token_loss), arguments.change)
+        config = load_config(arguments.hparams, arguments.model, token_loss=token_loss)
+        config = with_changes(as_method(config, method), arguments.change)
         file = arguments.out / f"{name.replace(':', '-')}{'-no-prefixes' if arguments.no_prefixes else ''}.jsonl"
         jobs[name] = config, file
     try:
         for config, file in jobs.values():
-            require_same_settings(file, {"data": arguments.data.name, **config})
+            at_mlp = {"at_mlp": True} if arguments.at_mlp else {}
+            require_same_settings(file, {"data": arguments.data.name, **config, **at_mlp})
     except ValueError as error:
         parser.error(str(error))
     for name, (config, file) in jobs.items():
@@ -172,7 +200,7 @@ def main() -> int:
         left = [case for case in range(len(requests)) if case not in done]
         with Progress(console=console) as progress, file.open("a", encoding="utf-8") as stream:
             bar = progress.add_task(name, total=len(requests), completed=len(requests) - len(left))
-            for case, scores in edits(config, requests, left, prefixes=not arguments.no_prefixes):
+            for case, scores in edits(config, requests, left, open_new):
                 records.append({"case": case, **scores})
                 stream.write(json.dumps(records[-1]) + "\n")
                 stream.flush()

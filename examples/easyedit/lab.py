@@ -124,8 +124,12 @@ def texts() -> list[str]:
     return WorldCorpus(build_world(0)).training_texts()
 
 
-def config_of(job: Job, model: str, out: Path) -> Config:
-    """The method's yaml file, fitted to the lab's model."""
+def config_of(job: Job, model: str | None, out: Path) -> Config:
+    """The method's yaml file, fitted to the lab's model where that is there.
+
+    Raises:
+        ValueError: the job changes what the file does not have.
+    """
     if job.method in VECTOR_METHODS:
         config = vector_config(job.method, model, len(texts()), out / "statistics")
     else:
@@ -262,17 +266,18 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; methods: {', '.join((*FILES, *VECTOR_METHODS))}")
     if vector_methods and arguments.in_a_row:
         parser.error(f"--in-a-row is not for {', '.join(vector_methods)}")
-    try:
-        for method in methods:
-            for loss in set(arguments.losses) - {NO_KEY}:
-                BY_NAME[method].choose(loss)
-    except ValueError as error:
-        parser.error(str(error))
     out = arguments.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     row = bool(arguments.in_a_row)
     template = Job("", "", arguments.in_a_row or arguments.edits, row, arguments.seed, arguments.change)
     jobs = [replace(template, method=method, loss=loss) for method in methods for loss in arguments.losses]
+    try:
+        for job in jobs:
+            config_of(job, None, out)
+            if job.loss != NO_KEY:
+                BY_NAME[job.method].choose(job.loss)
+    except ValueError as error:
+        parser.error(str(error))
+    out.mkdir(parents=True, exist_ok=True)
     lab_model = load_or_train(WorldCorpus(build_world(0)))
     lab_model.knowledge.require()
     model = str(lab_model.path)

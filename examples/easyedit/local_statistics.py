@@ -59,7 +59,11 @@ def main() -> int:
         sys.path.insert(0, os.environ["EASYEDIT_ROOT"])
     texts = [line for line in arguments.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
     config = load_config(arguments.hparams, arguments.model, token_loss=None)
-    compute(with_changes(config, arguments.change), texts)
+    try:
+        with_changes(config, arguments.change)
+    except ValueError as error:
+        parser.error(str(error))
+    compute(config, texts)
     print(f"mom2_n_samples: {len(texts)}")
     return 0
 

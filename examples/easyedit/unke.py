@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 from framework import Config, Request, examine, load_hparams
@@ -14,6 +15,22 @@ ACCEPTED = "Qwen2.5-7B-Instruct"
 
 OWN: Config = {"fact_token": "last", "lr": 2e-4, "optim_num_step": 50, "ex_data_num": 20}
 """Where UnKE's hparams differ from MEMIT's, or have more."""
+
+
+def mend_rotary(model: Any, layer: int) -> None:
+    """Answer a call that names no type of layer with the rotary embedding of the layer that is trained.
+
+    Models with layers of several types, such as Gemma 3, have one for each; UnKE names none. Others stay as they are.
+    """
+    original = model.rotary_emb.forward
+    if "layer_type" not in signature(original).parameters:
+        return
+    of_layer = model.config.layer_types[layer]
+
+    def forward(x: Any, position_ids: Any, layer_type: str | None = None) -> Any:
+        return original(x, position_ids, layer_type or of_layer)
+
+    model.rotary_emb.forward = forward
 
 
 class UnkeEditor:
@@ -37,6 +54,7 @@ class UnkeEditor:
         shared = {name: value for name, value in config.items() if name not in own}
         self._editor = BaseEditor.from_hparams(load_hparams(shared | {"alg_name": "MEMIT"}))
         self.model = self._editor.model
+        mend_rotary(self.model.model, self.hparams.layers[-1])
         self._texts = texts
 
     def edit_requests(self, requests: list[Request], **_: Any) -> tuple[list[dict[str, Any]], Any, dict[str, Any]]:

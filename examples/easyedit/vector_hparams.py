@@ -1,4 +1,4 @@
-"""The hparams of the methods that optimise one vector, for the lab's small model.
+"""The hparams of the methods that optimise one vector, and what the lab's small model wants of them.
 
 EasyEdit has a file for each but CORE, though not for one model: what a method shares with MEMIT or AlphaEdit comes from
 their files for LLaMA-3.2-3b, and the rest is below.
@@ -54,10 +54,20 @@ SMALL: dict[str, Config] = {
 """What the lab's model wants otherwise, chosen on edits with another seed than the reported ones."""
 
 
-def vector_config(method: str, model: str, texts: int, statistics: Path) -> Config:
+def as_method(config: Config, method: str) -> Config:
+    """The config of a relative as that of a method without a file of its own; a method's own config as it is.
+
+    Raises:
+        ValueError: the config is of another method.
+    """
+    relative = OF_RELATIVE.get(method, method)
+    if config["alg_name"] != relative:
+        raise ValueError(f"{method} takes its values from a file of {relative}, not of {config['alg_name']}")
+    return config | {"alg_name": method} | OWN.get(method, {})
+
+
+def vector_config(method: str, model: str | None, texts: int, statistics: Path) -> Config:
     """A method's config for the lab's model, with the second moments of so many texts in the folder of statistics."""
     file = OF_RELATIVE.get(method, method).lower()
-    config = load_config(HPARAMS / f"{file}-llama-3.2-3b-instruct.yaml", model)
-    own = {"alg_name": method, "stats_dir": str(statistics), "mom2_n_samples": texts}
-    config |= own | OWN.get(method, {}) | SMALL.get(method, {})
-    return config
+    config = as_method(load_config(HPARAMS / f"{file}-llama-3.2-3b-instruct.yaml", model), method)
+    return config | {"stats_dir": str(statistics), "mom2_n_samples": texts} | SMALL.get(method, {})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, tiny_tokenizer
 
 pytestmark = pytest.mark.easyedit
 
@@ -47,6 +47,54 @@ def test_single_edits_know_nothing_of_each_other(framework, models, lab, monkeyp
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert not first_keys
     assert not second_keys
+
+
+@pytest.fixture
+def norm_after_mlp(tmp_path):
+    """The folder of a tiny Gemma 3."""
+    import transformers
+
+    folder = tmp_path / "llama-gemma"
+    folder.mkdir()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    config = transformers.Gemma3TextConfig(vocab_size=len(tiny_tokenizer(folder)), **sizes)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("method", ["MEMIT", "CORE", "EAMET"])
+@pytest.mark.parametrize("at_mlp", [True, False])
+def test_an_edit_meets_its_vector_at_the_mlp(framework, lab, monkeypatch, tmp_path, norm_after_mlp, method, at_mlp):
+    """Behind a norm it is another one; before it is the MLP's own output."""
+    examples = importlib.import_module("framework")
+    config = lab.vector_config(method, norm_after_mlp, 10, tmp_path)
+    config |= {"mom2_update_weight": 1e-6, "layers": [0], "v_loss_layer": 2}
+    del config["token_loss"]
+    with examples.quiet():
+        editor = examples.open_editor(config, prefixes=False, at_mlp=at_mlp)
+    module = importlib.import_module(editor.apply_algo.__module__)
+    monkeypatch.setattr(module, "get_cov", lambda *args, **kwargs: torch.eye(64))
+    compute, vectors = module.compute_z, []
+
+    def watched(*args, **kwargs):
+        vectors.append(compute(*args, **kwargs))
+        return vectors[-1]
+
+    monkeypatch.setattr(module, "compute_z", watched)
+    request = {"prompt": "The capital of Ardan is", "subject": "Ardan", "target_new": "Tass", "case_id": 0}
+    with examples.quiet():
+        model, _ = editor.apply_algo(editor.model, editor.tok, [request], editor.hparams, copy=False)
+    outputs = []
+    (model.model.layers[0].mlp if at_mlp else model.model.layers[0]).register_forward_hook(
+        lambda module, args, output: outputs.append(output)
+    )
+    model(**editor.tok("The capital of Ardan", return_tensors="pt"))
+    (vector,), reached = vectors, outputs[0][0, -1].detach()
+    vector = vector[0] if isinstance(vector, tuple) else vector
+    distance = (reached - vector).norm() / vector.norm()
+    assert distance < 1e-3 if at_mlp else distance > 0.1
 
 
 THEIRS = {"EMMET": "llama3.2-3b", "PMET": "llama3.2-3b", "EAMET": "qwen2.5-7b", "SPHERE": "llama3-8b"}
