@@ -83,15 +83,38 @@ def test_pmet_is_padded_on_the_right_and_sees_a_space_before_its_targets(framewo
     assert requests[0]["target_new"] == "Tass"
 
 
-def test_a_vector_is_optimised_at_the_mlps_of_the_edited_layers_alone(framework):
-    """The last layer's output stays what the loss is read from."""
-    hparams = SimpleNamespace(
-        layer_module_tmp="model.layers.{}", mlp_module_tmp="model.layers.{}.mlp", layers=[2, 3], v_loss_layer=5
+class TestAtTheMlp:
+    """A template that names the MLP of the edited layer."""
+
+    def hparams(self, **changes):
+        values = {"layer_module_tmp": "layers.{}", "mlp_module_tmp": "layers.{}.mlp", "layers": [3], "v_loss_layer": 5}
+        return SimpleNamespace(**values | changes)
+
+    def test_the_loss_is_read_where_it_was(self, framework):
+        hparams = self.hparams()
+        framework.optimise_at_mlp(hparams)
+        template = copy.deepcopy(hparams).layer_module_tmp
+        assert [template.format(layer) for layer in (2, 3, 5)] == ["layers.2", "layers.3.mlp", "layers.5"]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"layers": [2, 3]}, r"one layer is edited, not \[2, 3\]: give layers=\[3\]"),
+            ({"v_loss_layer": 3}, "v_loss_layer 3 must come after the edited layer 3"),
+        ],
+        ids=["two layers", "the last layer"],
     )
-    framework.optimise_at_mlp(hparams)
-    template = copy.deepcopy(hparams).layer_module_tmp
-    names = [template.format(layer) for layer in (1, 2, 3, 5)]
-    assert names == ["model.layers.1", "model.layers.2.mlp", "model.layers.3.mlp", "model.layers.5"]
+    def test_what_it_cannot_do(self, framework, changes, message):
+        hparams = self.hparams(**changes)
+        with pytest.raises(ValueError, match=message):
+            framework.optimise_at_mlp(hparams)
+        assert hparams == self.hparams(**changes)
+
+
+def test_a_methods_own_file_is_taken_as_it_is(lab):
+    vector_hparams = importlib.import_module("vector_hparams")
+    own = {"alg_name": "EMMET", "emmet_lambda": 7}
+    assert vector_hparams.as_method(own, "EMMET") == own
 
 
 class TestUnkeOnModelsOfSeveralTypesOfLayers:
@@ -107,14 +130,20 @@ class TestUnkeOnModelsOfSeveralTypesOfLayers:
         x, positions = torch.zeros(1, 6, 32), torch.arange(6)[None]
         expected = model.model.rotary_emb(x, positions, model.config.layer_types[layer])
         other = model.model.rotary_emb(x, positions, model.config.layer_types[1 - layer])
-        importlib.import_module("unke").mend_rotary(model.model, layer)
+        importlib.import_module("unke").mend_rotary(model.model, [layer])
         assert_equal(model.model.rotary_emb(x, positions), expected)
         assert not torch.equal(model.model.rotary_emb(x, positions)[0], other[0])
         assert torch.equal(model(inputs).logits, before)
 
+    def test_several_types_are_not_trained_at_once(self, lab):
+        config = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
+        model = SimpleNamespace(config=config, rotary_emb=SimpleNamespace(forward=lambda x, ids, layer_type: None))
+        with pytest.raises(ValueError, match=r"layers \[0, 1\] are of the types full_attention, sliding_attention"):
+            importlib.import_module("unke").mend_rotary(model, [0, 1])
+
     def test_others_stay(self, lab):
         model = mini_lab.random_model("llama")
-        importlib.import_module("unke").mend_rotary(model.model, 0)
+        importlib.import_module("unke").mend_rotary(model.model, [0, 1])
         assert "forward" not in vars(model.model.rotary_emb)
 
 
@@ -124,9 +153,12 @@ class TestUnkeOnModelsOfSeveralTypesOfLayers:
         (["--methods", "ROME", "--in-a-row", "3"], "--in-a-row is not for ROME"),
         (["--methods", "UnKE_ARE"], "unknown: UnKE_ARE"),
         (["--methods", "ROME", "--losses", "none", "cross_entropy:anchor=1"], "anchor=1"),
-        (["--methods", "ROME", "--change", "v_lrr=1"], "--change v_lrr: ROME has alg_name, attn_module_tmp"),
-        (["--methods", "WISE", "--change", "context_templates=false"], "--change context_templates: WISE has"),
-        (["--methods", "ROME", "--change", 'token_loss="gem"'], "a loss is named in --losses"),
+        (
+            ["--methods", "ROME", "--change", "v_lrr=1"],
+            "--change v_lrr=1: a change is name=value, and ROME's file has alg_name",
+        ),
+        (["--methods", "WISE", "--change", "context_templates=false"], "and WISE's file has act_margin"),
+        (["--methods", "ROME", "--change", 'token_loss="gem"'], "a loss is not changed here"),
         (["--methods", "ROME", "--change", "fact_token=last"], "--change fact_token=last: the value must be JSON"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -137,6 +169,33 @@ def test_refuses_what_it_cannot_run(lab, monkeypatch, capsys, arguments, message
     with pytest.raises(SystemExit):
         lab.main()
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def knowedit(lab, tmp_path, monkeypatch):
+    """The program on one record, with editors that only note how they were opened."""
+    program, data, out, opened = importlib.import_module("knowedit"), tmp_path / "data.json", tmp_path / "out", []
+    record = {"prompt": "The capital of Ardan is", "subject": "Ardan", "target_new": "Tass", "ground_truth": "Solen"}
+    data.write_text(json.dumps([record]))
+    scores = {"rewrite_acc": [1.0], "portability": {}, "locality": {}}
+
+    def opening(config, **options):
+        opened.append((config, options))
+        metrics = [{"pre": scores, "post": scores}]
+        return SimpleNamespace(edit_requests=lambda *args, **kwargs: (metrics, None, None), apply_algo=None)
+
+    for name in ("open_editor", "UnkeEditor"):
+        monkeypatch.setattr(program, name, opening)
+    monkeypatch.setattr("overtone.easyedit.install", lambda: None)
+
+    def run(file, *arguments):
+        hparams = FOLDER / "hparams" / f"{file}-llama-3.2-3b-instruct.yaml"
+        command = ["knowedit.py", str(data), "--hparams", str(hparams), "--out", str(out), *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        return program.main()
+
+    run.out, run.opened = out, opened
+    return run
 
 
 class TestKnowEdit:
@@ -164,26 +223,36 @@ class TestKnowEdit:
             ("memit", ["--method", "SPHERE"], "SPHERE takes its values from a file of AlphaEdit, not of MEMIT"),
             ("rome", ["--at-mlp"], "--at-mlp is for MEMIT, EMMET, AlphaEdit, SPHERE, CORE, EAMET, not for ROME"),
             ("memit", ["--method", "UnKE"], "--keep is for UnKE, and needed there; the method is UnKE"),
-            ("memit", ["--change", "layer=[3]"], "--change layer: MEMIT has"),
+            (
+                "memit",
+                ["--change", "layer=[3]"],
+                "--change layer=[3]: a change is name=value, and MEMIT's file has alg_name",
+            ),
             ("memit", ["--keep", "texts.txt"], "--keep is for UnKE, and needed there; the method is MEMIT"),
             ("memit", ["--method", "UnKE", "--keep", "texts.txt", "--no-prefixes"], "not for UnKE"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )
-    def test_refuses_what_a_method_does_not_have(self, lab, tmp_path, monkeypatch, capsys, file, arguments, message):
-        data, out = tmp_path / "data.json", tmp_path / "out"
-        data.write_text("[]")
-        hparams = FOLDER / "hparams" / f"{file}-llama-3.2-3b-instruct.yaml"
-        program = [
-            "knowedit.py",
-            str(tmp_path / "data.json"),
-            "--hparams",
-            str(hparams),
-            "--out",
-            str(tmp_path / "out"),
-        ]
-        monkeypatch.setattr(sys, "argv", [*program, *arguments])
+    def test_refuses_what_a_method_does_not_have(self, knowedit, capsys, file, arguments, message):
         with pytest.raises(SystemExit):
-            importlib.import_module("knowedit").main()
+            knowedit(file, *arguments)
         assert message in capsys.readouterr().err
-        assert not out.exists()
+        assert not knowedit.out.exists()
+
+    def test_tells_the_editor_and_the_folder_what_is_asked(self, knowedit):
+        knowedit("memit", "--method", "EMMET", "--at-mlp", "--no-prefixes", "--change", "layers=[1]")
+        ((config, options), *_) = knowedit.opened
+        assert (config["alg_name"], config["layers"], config["emmet_lambda"]) == ("EMMET", [1], 0.1)
+        assert options == {"prefixes": False, "at_mlp": True}
+        with pytest.raises(SystemExit):
+            knowedit("memit", "--method", "EMMET", "--no-prefixes", "--change", "layers=[1]")
+
+    def test_unke_keeps_the_texts_of_a_file(self, knowedit, tmp_path):
+        texts = tmp_path / "texts.txt"
+        texts.write_text("One.\n\nTwo.\n")
+        knowedit("memit", "--method", "UnKE", "--keep", str(texts))
+        ((config, options), *_) = knowedit.opened
+        assert (config["alg_name"], options) == ("UnKE", {"texts": ["One.", "Two."]})
+        texts.write_text("One.\nThree.\n")
+        with pytest.raises(SystemExit):
+            knowedit("memit", "--method", "UnKE", "--keep", str(texts))

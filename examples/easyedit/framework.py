@@ -37,11 +37,11 @@ CLASSES = {
 VECTOR_METHODS = ("ROME", "R-ROME", "MEMIT", "EMMET", "AlphaEdit", "SPHERE", "CORE", "EAMET", "PMET")
 """Those that optimise one vector."""
 
-NOT_TAKEN_BACK = ("MELO", "EMMET", "UnKE")
-"""Their single edits stay in the editor's model."""
-
 LAYER_METHODS = ("MEMIT", "EMMET", "AlphaEdit", "SPHERE", "CORE", "EAMET")
 """Of these those that write into an MLP what is to come out of its layer."""
+
+NOT_TAKEN_BACK = ("MELO", "EMMET", "UnKE")
+"""Their single edits stay in the editor's model."""
 
 KEEP_KEYS = ("AlphaEdit", "SPHERE")
 """They keep the keys of every edit in their module, of single ones too."""
@@ -74,9 +74,11 @@ def with_changes(config: Config, changes: str) -> Config:
     for change in filter(None, changes.split(";")):
         name, _, value = change.partition("=")
         section = config["grace"] if config["alg_name"] == "MELO" and name in config["grace"] else config
-        if name not in section or name == "token_loss":
-            known = ", ".join(sorted(section.keys() - {"token_loss"}))
-            raise ValueError(f"--change {name}: {config['alg_name']} has {known}; a loss is named in --losses")
+        if name == "token_loss":
+            raise ValueError(f"--change {change}: a loss is not changed here, but named by itself")
+        if name not in section:
+            known = ", ".join(sorted({*config, *section} - {"token_loss"}))
+            raise ValueError(f"--change {change}: a change is name=value, and {config['alg_name']}'s file has {known}")
         try:
             section[name] = json.loads(value)
         except json.JSONDecodeError as error:
@@ -144,14 +146,14 @@ def without_prefixes(editor: Any) -> None:
 
 
 class _LayerOrMlp(str):
-    """A template of layers' names that names the MLPs of some of them in their place."""
+    """A template of layers' names that names one layer's MLP in its place."""
 
-    mlps: dict[int, str]
+    layer: int
+    mlp: str
 
-    def format(self, *args: Any, **kwargs: Any) -> str:
-        """The name of a layer, or of its MLP."""
-        (layer,) = args
-        return self.mlps.get(layer) or super().format(layer, **kwargs)
+    def format(self, layer: int) -> str:  # type: ignore[override]
+        """The name of a layer, or of the one layer's MLP."""
+        return self.mlp if layer == self.layer else super().format(layer)
 
 
 def optimise_at_mlp(hparams: Any) -> None:
@@ -159,9 +161,18 @@ def optimise_at_mlp(hparams: Any) -> None:
 
     It writes the vector into the MLP. Gemma 2 and 3 put a norm between the MLP and the layer's output, so that there a
     vector of the one is none of the other.
+
+    Raises:
+        ValueError: several layers are edited, whose MLPs have no output in common, or the loss is read from the edited
+            one.
     """
+    if len(hparams.layers) != 1:
+        raise ValueError(f"at an MLP one layer is edited, not {hparams.layers}: give layers=[{hparams.layers[-1]}]")
+    (layer,) = hparams.layers
+    if hparams.v_loss_layer <= layer:
+        raise ValueError(f"v_loss_layer {hparams.v_loss_layer} must come after the edited layer {layer}")
     template = _LayerOrMlp(hparams.layer_module_tmp)
-    template.mlps = {layer: hparams.mlp_module_tmp.format(layer) for layer in hparams.layers}
+    template.layer, template.mlp = layer, hparams.mlp_module_tmp.format(layer)
     hparams.layer_module_tmp = template
 
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -39,8 +40,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from unke import UnkeEditor
-from vector_hparams import METHODS as ONE_VECTOR
-from vector_hparams import as_method
+from vector_hparams import OF_RELATIVE, as_method
 
 LOC_PROMPT = "The sky is"
 """Unrelated and shorter than every edit; WISE needs one."""
@@ -146,11 +146,11 @@ def main() -> int:
     parser.add_argument(
         "--no-prefixes", action="store_true", help=f"{', '.join(VECTOR_METHODS)}: the bare prompt alone; faster"
     )
-    parser.add_argument("--method", choices=ONE_VECTOR, help="another that takes its values from this file")
+    parser.add_argument("--method", choices=OF_RELATIVE, help="this one, with the values of its relative's file")
     parser.add_argument(
         "--at-mlp",
         action="store_true",
-        help=f"{', '.join(LAYER_METHODS)}: the vector before the norm that Gemma 2 and 3 put after an MLP",
+        help=f"{', '.join(LAYER_METHODS)}: one layer's vector before the norm that Gemma 2 and 3 put after an MLP",
     )
     parser.add_argument("--keep", type=Path, metavar="TEXTS", help="UnKE: the texts to keep, one a line")
     parser.add_argument("--out", type=Path, required=True)
@@ -173,9 +173,11 @@ def main() -> int:
 
     overtone.easyedit.install()
     open_new = partial(open_editor, prefixes=not arguments.no_prefixes, at_mlp=arguments.at_mlp)
+    made_with = {"data": arguments.data.name} | ({"at_mlp": True} if arguments.at_mlp else {})
     if arguments.keep:
-        texts = arguments.keep.read_text(encoding="utf-8").splitlines()
-        open_new = partial(UnkeEditor, texts=[text for text in texts if text.strip()])
+        text = arguments.keep.read_text(encoding="utf-8")
+        open_new = partial(UnkeEditor, texts=[line for line in text.splitlines() if line.strip()])
+        made_with["keep"] = f"{arguments.keep.name} ({zlib.crc32(text.encode()):08x})"
     requests = read(arguments.data)[: arguments.limit]
     arguments.out.mkdir(parents=True, exist_ok=True)
     in_file = {"overtone": of_file.get("token_loss", "overtone")}
@@ -190,8 +192,7 @@ def main() -> int:
         jobs[name] = config, file
     try:
         for config, file in jobs.values():
-            at_mlp = {"at_mlp": True} if arguments.at_mlp else {}
-            require_same_settings(file, {"data": arguments.data.name, **config, **at_mlp})
+            require_same_settings(file, {**made_with, **config})
     except ValueError as error:
         parser.error(str(error))
     for name, (config, file) in jobs.items():

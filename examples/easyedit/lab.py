@@ -125,7 +125,7 @@ def texts() -> list[str]:
 
 
 def config_of(job: Job, model: str | None, out: Path) -> Config:
-    """The method's yaml file, fitted to the lab's model where that is there.
+    """The method's yaml file, fitted to the lab's model where one is given.
 
     Raises:
         ValueError: the job changes what the file does not have.

@@ -17,18 +17,24 @@ OWN: Config = {"fact_token": "last", "lr": 2e-4, "optim_num_step": 50, "ex_data_
 """Where UnKE's hparams differ from MEMIT's, or have more."""
 
 
-def mend_rotary(model: Any, layer: int) -> None:
-    """Answer a call that names no type of layer with the rotary embedding of the layer that is trained.
+def mend_rotary(model: Any, layers: list[int]) -> None:
+    """Answer a call that names no type of layer with the rotary embedding of the layers that are trained.
 
     Models with layers of several types, such as Gemma 3, have one for each; UnKE names none. Others stay as they are.
+
+    Raises:
+        ValueError: the layers are of several types.
     """
     original = model.rotary_emb.forward
     if "layer_type" not in signature(original).parameters:
         return
-    of_layer = model.config.layer_types[layer]
+    types = {model.config.layer_types[layer] for layer in layers}
+    if len(types) > 1:
+        raise ValueError(f"layers {layers} are of the types {', '.join(sorted(types))}: UnKE can train those of one")
+    (trained,) = types
 
     def forward(x: Any, position_ids: Any, layer_type: str | None = None) -> Any:
-        return original(x, position_ids, layer_type or of_layer)
+        return original(x, position_ids, layer_type or trained)
 
     model.rotary_emb.forward = forward
 
@@ -42,7 +48,12 @@ class UnkeEditor:
         Args:
             config: MEMIT's and `OWN`.
             texts: of which each edit keeps ``ex_data_num``.
+
+        Raises:
+            ValueError: there are fewer texts, or the layers are of several types.
         """
+        if len(texts) < config["ex_data_num"]:
+            raise ValueError(f"UnKE keeps ex_data_num {config['ex_data_num']} texts in each edit, got {len(texts)}")
         from easyeditor import BaseEditor
 
         module: Any = importlib.import_module("easyeditor.models.unke.unke_main")
@@ -54,7 +65,7 @@ class UnkeEditor:
         shared = {name: value for name, value in config.items() if name not in own}
         self._editor = BaseEditor.from_hparams(load_hparams(shared | {"alg_name": "MEMIT"}))
         self.model = self._editor.model
-        mend_rotary(self.model.model, self.hparams.layers[-1])
+        mend_rotary(self.model.model, self.hparams.layers)
         self._texts = texts
 
     def edit_requests(self, requests: list[Request], **_: Any) -> tuple[list[dict[str, Any]], Any, dict[str, Any]]:

@@ -58,8 +58,10 @@ def as_method(config: Config, method: str) -> Config:
     """The config of a relative as that of a method without a file of its own; a method's own config as it is.
 
     Raises:
-        ValueError: the config is of another method.
+        ValueError: the config is of a method that is no relative.
     """
+    if config["alg_name"] == method:
+        return config
     relative = OF_RELATIVE.get(method, method)
     if config["alg_name"] != relative:
         raise ValueError(f"{method} takes its values from a file of {relative}, not of {config['alg_name']}")

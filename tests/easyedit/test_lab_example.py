@@ -64,18 +64,24 @@ def norm_after_mlp(tmp_path):
     return str(folder)
 
 
-@pytest.mark.parametrize("method", ["MEMIT", "CORE", "EAMET"])
+@pytest.mark.parametrize("method", ["MEMIT", "EMMET", "AlphaEdit", "SPHERE", "CORE", "EAMET"])
 @pytest.mark.parametrize("at_mlp", [True, False])
 def test_an_edit_meets_its_vector_at_the_mlp(framework, lab, monkeypatch, tmp_path, norm_after_mlp, method, at_mlp):
     """Behind a norm it is another one; before it is the MLP's own output."""
+    monkeypatch.chdir(tmp_path)
     examples = importlib.import_module("framework")
     config = lab.vector_config(method, norm_after_mlp, 10, tmp_path)
-    config |= {"mom2_update_weight": 1e-6, "layers": [0], "v_loss_layer": 2}
+    config |= {"mom2_update_weight": 1e-6, "L2": 1e-6, "layers": [0], "v_loss_layer": 2}
     del config["token_loss"]
+    if method not in examples.KEEP_KEYS:
+        del config["L2"]
+    module = importlib.import_module(framework.module("util.alg_dict").ALG_DICT[method].__module__)
+    monkeypatch.setattr(module, "CONTEXT_TEMPLATES_CACHE", [["{}"]])
+    monkeypatch.setattr(module, "P_loaded", False, raising=False)
+    monkeypatch.setattr(module, "cache_c_new", False, raising=False)
+    monkeypatch.setattr(module, "get_cov", lambda *args, **kwargs: 0.1 * torch.eye(64))
     with examples.quiet():
-        editor = examples.open_editor(config, prefixes=False, at_mlp=at_mlp)
-    module = importlib.import_module(editor.apply_algo.__module__)
-    monkeypatch.setattr(module, "get_cov", lambda *args, **kwargs: torch.eye(64))
+        editor = examples.open_editor(config, at_mlp=at_mlp)
     compute, vectors = module.compute_z, []
 
     def watched(*args, **kwargs):
