@@ -64,10 +64,10 @@ def norm_after_mlp(tmp_path):
     return str(folder)
 
 
-@pytest.mark.parametrize("method", ["MEMIT", "EMMET", "AlphaEdit", "SPHERE", "CORE", "EAMET"])
+@pytest.mark.parametrize("method", ["MEMIT", "EMMET", "AlphaEdit", "CORE", "EAMET"])
 @pytest.mark.parametrize("at_mlp", [True, False])
 def test_an_edit_meets_its_vector_at_the_mlp(framework, lab, monkeypatch, tmp_path, norm_after_mlp, method, at_mlp):
-    """Behind a norm it is another one; before it is the MLP's own output."""
+    """Behind a norm it is another one; before it is the MLP's own output. SPHERE leaves out a part of it anywhere."""
     monkeypatch.chdir(tmp_path)
     examples = importlib.import_module("framework")
     config = lab.vector_config(method, norm_after_mlp, 10, tmp_path)
