@@ -99,8 +99,8 @@ class TestAtTheMlp:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"layers": [2, 3]}, r"one layer is edited, not \[2, 3\]: give layers=\[3\]"),
-            ({"v_loss_layer": 3}, "v_loss_layer 3 must come after the edited layer 3"),
+            ({"layers": [2, 3]}, r"one layer is edited, not \[2, 3\]: --change layers=\[3\]"),
+            ({"v_loss_layer": 3}, r"layers \[3\] must come before v_loss_layer 3"),
         ],
         ids=["two layers", "the last layer"],
     )
@@ -155,11 +155,11 @@ class TestUnkeOnModelsOfSeveralTypesOfLayers:
         (["--methods", "ROME", "--losses", "none", "cross_entropy:anchor=1"], "anchor=1"),
         (
             ["--methods", "ROME", "--change", "v_lrr=1"],
-            "--change v_lrr=1: a change is name=value, and ROME's file has alg_name",
+            "--change v_lrr=1: a change is name=value, and ROME's file has attn_module_tmp",
         ),
         (["--methods", "WISE", "--change", "context_templates=false"], "and WISE's file has act_margin"),
-        (["--methods", "ROME", "--change", 'token_loss="gem"'], "a loss is not changed here"),
-        (["--methods", "ROME", "--change", "fact_token=last"], "--change fact_token=last: the value must be JSON"),
+        (["--methods", "ROME", "--change", 'token_loss="gem"'], "token_loss is not changed here"),
+        (["--methods", "ROME", "--change", "fact_token=last"], "--change fact_token=last: a value is JSON"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -226,8 +226,13 @@ class TestKnowEdit:
             (
                 "memit",
                 ["--change", "layer=[3]"],
-                "--change layer=[3]: a change is name=value, and MEMIT's file has alg_name",
+                "--change layer=[3]: a change is name=value, and MEMIT's file has attn_module_tmp",
             ),
+            ("memit", ["--losses", "nosuch"], "nosuch"),
+            ("memit", ["--at-mlp"], "at an MLP one layer is edited, not [4, 5, 6, 7, 8]: --change layers=[8]"),
+            ("memit", ["--change", 'alg_name="ROME"'], "alg_name is not changed here"),
+            ("memit", ["--limit", "0"], "--limit: must be at least 1, got 0"),
+            ("nosuch", [], "No such file or directory"),
             ("memit", ["--keep", "texts.txt"], "--keep is for UnKE, and needed there; the method is MEMIT"),
             ("memit", ["--method", "UnKE", "--keep", "texts.txt", "--no-prefixes"], "not for UnKE"),
         ],
@@ -250,9 +255,20 @@ class TestKnowEdit:
     def test_unke_keeps_the_texts_of_a_file(self, knowedit, tmp_path):
         texts = tmp_path / "texts.txt"
         texts.write_text("One.\n\nTwo.\n")
-        knowedit("memit", "--method", "UnKE", "--keep", str(texts))
+        unke = ("memit", "--method", "UnKE", "--keep", str(texts), "--change")
+        knowedit(*unke, "ex_data_num=2")
         ((config, options), *_) = knowedit.opened
         assert (config["alg_name"], options) == ("UnKE", {"texts": ["One.", "Two."]})
-        texts.write_text("One.\nThree.\n")
-        with pytest.raises(SystemExit):
-            knowedit("memit", "--method", "UnKE", "--keep", str(texts))
+        for text, change in (("One.\nThree.\n", "ex_data_num=2"), ("One.\n\nTwo.\n", "ex_data_num=3")):
+            texts.write_text(text)
+            with pytest.raises(SystemExit):
+                knowedit(*unke, change)
+
+    def test_a_half_written_edit_is_made_again(self, knowedit):
+        knowedit("rome")
+        file = knowedit.out / "overtone.jsonl"
+        whole = file.read_text()
+        file.write_text(whole[:-5])
+        knowedit("rome")
+        assert file.read_text() == whole
+        assert len(knowedit.opened) == 3

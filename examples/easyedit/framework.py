@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -46,6 +47,9 @@ NOT_TAKEN_BACK = ("MELO", "EMMET", "UnKE")
 KEEP_KEYS = ("AlphaEdit", "SPHERE")
 """They keep the keys of every edit in their module, of single ones too."""
 
+FIXED = {"alg_name", "token_loss"}
+"""What other options of the programs say."""
+
 LAYERS = {"llama-3.2-3b-instruct": 28, "qwen2.5-7b-instruct": 28}
 """Of the models that the files are for; of the others 32."""
 
@@ -71,18 +75,18 @@ def with_changes(config: Config, changes: str) -> Config:
     Raises:
         ValueError: for a name that the config does not have, and a value that is not JSON.
     """
-    for change in filter(None, changes.split(";")):
-        name, _, value = change.partition("=")
+    for change in filter(None, map(str.strip, changes.split(";"))):
+        name, equals, value = change.partition("=")
         section = config["grace"] if config["alg_name"] == "MELO" and name in config["grace"] else config
-        if name == "token_loss":
-            raise ValueError(f"--change {change}: a loss is not changed here, but named by itself")
-        if name not in section:
-            known = ", ".join(sorted({*config, *section} - {"token_loss"}))
+        if name in FIXED:
+            raise ValueError(f"--change {change}: {name} is not changed here, but given by itself")
+        if not equals or name not in section:
+            known = ", ".join(sorted({*config, *config.get("grace", ())} - FIXED))
             raise ValueError(f"--change {change}: a change is name=value, and {config['alg_name']}'s file has {known}")
         try:
             section[name] = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"--change {change}: the value must be JSON, as a word in quotation marks") from error
+            raise ValueError(f'--change {change}: a value is JSON, as 0.5, [2,3], true or "last"') from error
     return config
 
 
@@ -167,10 +171,10 @@ def optimise_at_mlp(hparams: Any) -> None:
             one.
     """
     if len(hparams.layers) != 1:
-        raise ValueError(f"at an MLP one layer is edited, not {hparams.layers}: give layers=[{hparams.layers[-1]}]")
+        raise ValueError(f"at an MLP one layer is edited, not {hparams.layers}: --change layers=[{hparams.layers[-1]}]")
     (layer,) = hparams.layers
     if hparams.v_loss_layer <= layer:
-        raise ValueError(f"v_loss_layer {hparams.v_loss_layer} must come after the edited layer {layer}")
+        raise ValueError(f"layers {hparams.layers} must come before v_loss_layer {hparams.v_loss_layer} at an MLP")
     template = _LayerOrMlp(hparams.layer_module_tmp)
     template.layer, template.mlp = layer, hparams.mlp_module_tmp.format(layer)
     hparams.layer_module_tmp = template
@@ -243,6 +247,25 @@ def _agreement(before: Any, after: Any) -> float:
     if not isinstance(before, list):
         before, after = [before], [after]
     return fmean(float(old == new) for old, new in zip(before, after, strict=True)) if before else 1.0
+
+
+def finished(file: Path) -> list[dict[str, Any]]:
+    """The edits that a file of results has; the half line that a killed run may leave at its end is cut off."""
+    if not file.exists():
+        return []
+    text = file.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        file.write_text(text, encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def positive(text: str) -> int:
+    """A number of edits on a command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def average(rows: list[Scores]) -> Scores:

@@ -17,8 +17,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import unke
 from framework import (
     KEEP_KEYS,
     LAYER_METHODS,
@@ -29,9 +31,12 @@ from framework import (
     Request,
     Scores,
     average,
+    finished,
     forget_keys,
     load_config,
     open_editor,
+    optimise_at_mlp,
+    positive,
     quiet,
     scores_of,
     with_changes,
@@ -41,6 +46,9 @@ from rich.progress import Progress
 from rich.table import Table
 from unke import UnkeEditor
 from vector_hparams import OF_RELATIVE, as_method
+
+import overtone.easyedit
+from overtone.easyedit.methods import BY_NAME
 
 LOC_PROMPT = "The sky is"
 """Unrelated and shorter than every edit; WISE needs one."""
@@ -132,13 +140,13 @@ def require_same_settings(file: Path, settings: dict[str, Any]) -> None:
     note.write_text(json.dumps(settings), encoding="utf-8")
 
 
-def main() -> int:
-    """Run what is left, then print the table."""
+def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--hparams", type=Path, required=True)
     parser.add_argument("--model", help="folder of another model")
-    parser.add_argument("--limit", type=int, help="the first so many records")
+    parser.add_argument("--limit", type=positive, help="the first so many records")
     parser.add_argument(
         "--losses", nargs="+", metavar="LOSS", help="besides EasyEdit's own; else the file's token_loss"
     )
@@ -154,54 +162,85 @@ def main() -> int:
     )
     parser.add_argument("--keep", type=Path, metavar="TEXTS", help="UnKE: the texts to keep, one a line")
     parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    of_file = load_config(arguments.hparams)
-    method = arguments.method or of_file["alg_name"]
-    try:
-        with_changes(as_method(of_file, method), arguments.change)
-    except ValueError as error:
-        parser.error(str(error))
+    return parser, parser.parse_args()
+
+
+def base_config(arguments: argparse.Namespace) -> Config:
+    """The file's config with what the command line changes of it.
+
+    Raises:
+        ValueError: it asks for what the method does not have.
+        OSError: a file is missing.
+    """
+    config = load_config(arguments.hparams, arguments.model)
+    method = arguments.method or config["alg_name"]
+    config = with_changes(as_method(config, method), arguments.change)
     if arguments.no_prefixes and method not in VECTOR_METHODS:
-        parser.error(f"--no-prefixes is for {', '.join(VECTOR_METHODS)}, not for {method}")
+        raise ValueError(f"--no-prefixes is for {', '.join(VECTOR_METHODS)}, not for {method}")
     if arguments.at_mlp and method not in LAYER_METHODS:
-        parser.error(f"--at-mlp is for {', '.join(LAYER_METHODS)}, not for {method}")
+        raise ValueError(f"--at-mlp is for {', '.join(LAYER_METHODS)}, not for {method}")
+    if arguments.at_mlp:
+        optimise_at_mlp(SimpleNamespace(**config))
     if (method == "UnKE") != (arguments.keep is not None):
-        parser.error(f"--keep is for UnKE, and needed there; the method is {method}")
+        raise ValueError(f"--keep is for UnKE, and needed there; the method is {method}")
+    for loss in arguments.losses or ():
+        BY_NAME[method].choose(loss)
+    return config
+
+
+def jobs_of(arguments: argparse.Namespace, config: Config) -> dict[str, tuple[Config, Path]]:
+    """The config and the file of edits of each loss, in the folder, which notes what they are made with.
+
+    Raises:
+        ValueError: the folder has edits that are made with something else.
+    """
+    losses = {loss: loss for loss in arguments.losses or ()} or {"overtone": config.get("token_loss", "overtone")}
+    made_with: Config = {"data": _with_digest(arguments.data)}
+    if arguments.at_mlp:
+        made_with["at_mlp"] = True
+    if arguments.keep:
+        made_with["keep"] = _with_digest(arguments.keep)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    jobs = {}
+    for name, token_loss in {"cross-entropy": None, **losses}.items():
+        own = {key: value for key, value in config.items() if key != "token_loss"}
+        if token_loss is not None:
+            own["token_loss"] = token_loss
+        jobs[name] = own, arguments.out / f"{name.replace(':', '-')}{'-no-prefixes' * arguments.no_prefixes}.jsonl"
+    for own, file in jobs.values():
+        require_same_settings(file, {**made_with, **own})
+    return jobs
+
+
+def _with_digest(file: Path) -> str:
+    return f"{file.name} {zlib.crc32(file.read_bytes()):08x}"
+
+
+def main() -> int:
+    """Run what is left, then print the table."""
+    parser, arguments = parse_arguments()
+    try:
+        config = base_config(arguments)
+        requests = read(arguments.data)[: arguments.limit]
+        open_new = partial(open_editor, prefixes=not arguments.no_prefixes, at_mlp=arguments.at_mlp)
+        if arguments.keep:
+            open_new = partial(UnkeEditor, texts=unke.read_texts(arguments.keep, config["ex_data_num"]))
+        jobs = jobs_of(arguments, config)
+    except (OSError, TypeError, ValueError) as error:
+        parser.error(str(error))
     if "EASYEDIT_ROOT" in os.environ:
         sys.path.insert(0, os.environ["EASYEDIT_ROOT"])
-    import overtone.easyedit
-
     overtone.easyedit.install()
-    open_new = partial(open_editor, prefixes=not arguments.no_prefixes, at_mlp=arguments.at_mlp)
-    made_with = {"data": arguments.data.name} | ({"at_mlp": True} if arguments.at_mlp else {})
-    if arguments.keep:
-        text = arguments.keep.read_text(encoding="utf-8")
-        open_new = partial(UnkeEditor, texts=[line for line in text.splitlines() if line.strip()])
-        made_with["keep"] = f"{arguments.keep.name} ({zlib.crc32(text.encode()):08x})"
-    requests = read(arguments.data)[: arguments.limit]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    in_file = {"overtone": of_file.get("token_loss", "overtone")}
-    losses = {"cross-entropy": None, **({loss: loss for loss in arguments.losses} if arguments.losses else in_file)}
     console = Console(stderr=True)
-    table = Table("loss", "edits", *MEASURES, "Avg", title=f"{arguments.data.stem}, {arguments.hparams.stem}")
-    jobs = {}
-    for name, token_loss in losses.items():
-        config = load_config(arguments.hparams, arguments.model, token_loss=token_loss)
-        config = with_changes(as_method(config, method), arguments.change)
-        file = arguments.out / f"{name.replace(':', '-')}{'-no-prefixes' if arguments.no_prefixes else ''}.jsonl"
-        jobs[name] = config, file
-    try:
-        for config, file in jobs.values():
-            require_same_settings(file, {**made_with, **config})
-    except ValueError as error:
-        parser.error(str(error))
-    for name, (config, file) in jobs.items():
-        records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    title = f"{arguments.data.stem}, {config['alg_name']}{' at the MLP' * arguments.at_mlp}"
+    table = Table("loss", "edits", *MEASURES, "Avg", title=title)
+    for name, (own, file) in jobs.items():
+        records = finished(file)
         done = {record["case"] for record in records}
         left = [case for case in range(len(requests)) if case not in done]
         with Progress(console=console) as progress, file.open("a", encoding="utf-8") as stream:
             bar = progress.add_task(name, total=len(requests), completed=len(requests) - len(left))
-            for case, scores in edits(config, requests, left, open_new):
+            for case, scores in edits(own, requests, left, open_new):
                 records.append({"case": case, **scores})
                 stream.write(json.dumps(records[-1]) + "\n")
                 stream.flush()

@@ -32,10 +32,12 @@ from framework import (
     Request,
     average,
     examine,
+    finished,
     forget_keys,
     load_config,
     load_hparams,
     open_editor,
+    positive,
     quiet,
     scores_of,
     with_changes,
@@ -176,7 +178,7 @@ def perform(job: Job, model: str, out: Path) -> str:
     overtone.easyedit.install([job.method])
     requests = requests_of(job.edits, job.seed)
     file = out / f"{job.key}.jsonl"
-    done = {json.loads(line)["case"] for line in file.read_text().splitlines()} if file.exists() else set()
+    done = {record["case"] for record in finished(file)}
     left = [case for case in range(job.edits) if case not in done]
     if not left:
         return job.key
@@ -223,9 +225,7 @@ def summary(jobs: list[Job], out: Path) -> list[dict[str, Any]]:
     """One row a job, as far as it got."""
     rows = []
     for job in jobs:
-        file = out / f"{job.key}.jsonl"
-        records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        if records:
+        if records := finished(out / f"{job.key}.jsonl"):
             means = average([{m: record[m] for m in MEASURES if m in record} for record in records])
             rounded = {name: round(value, 1) for name, value in means.items()}
             rows.append({**asdict(job), "done": len(records), **rounded})
@@ -245,8 +245,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run the jobs that are left, then print the table and write it beside the records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--edits", type=int, default=40, help="single edits a method")
-    parser.add_argument("--in-a-row", type=int, metavar="N", help="instead: N edits in a row, scored after the last")
+    parser.add_argument("--edits", type=positive, default=40, help="single edits a method")
+    parser.add_argument(
+        "--in-a-row", type=positive, metavar="N", help="instead: N edits in a row, scored after the last"
+    )
     parser.add_argument(
         "--methods", default=",".join(FILES), help=f"also, for single edits, {', '.join(VECTOR_METHODS)}"
     )

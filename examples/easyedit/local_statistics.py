@@ -57,12 +57,16 @@ def main() -> int:
     arguments = parser.parse_args()
     if "EASYEDIT_ROOT" in os.environ:
         sys.path.insert(0, os.environ["EASYEDIT_ROOT"])
-    texts = [line for line in arguments.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    config = load_config(arguments.hparams, arguments.model, token_loss=None)
     try:
+        texts = [line for line in arguments.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        config = load_config(arguments.hparams, arguments.model, token_loss=None)
         with_changes(config, arguments.change)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
+    if "mom2_dataset" not in config:
+        parser.error(f"{config['alg_name']}, the method of {arguments.hparams}, asks for no statistics")
+    if not texts:
+        parser.error(f"{arguments.texts} has no text")
     compute(config, texts)
     print(f"mom2_n_samples: {len(texts)}")
     return 0
