@@ -59,8 +59,13 @@ def read(path: Path) -> list[Request]:
 
     Raises:
         ValueError: for a file that is neither in ZsRE's format nor in WikiBio's.
+        OSError: there is no such file.
     """
-    return [_request(record, path) for record in json.loads(path.read_text(encoding="utf-8"))]
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return [_request(record, path) for record in records]
 
 
 def _request(record: dict[str, Any], path: Path) -> Request:
