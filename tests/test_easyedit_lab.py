@@ -272,3 +272,24 @@ class TestKnowEdit:
         knowedit("rome")
         assert file.read_text() == whole
         assert len(knowedit.opened) == 3
+
+    def test_runs_are_called_by_their_loss(self, knowedit):
+        knowedit("rome", "--losses", "none")
+        knowedit("rome")
+        knowedit("rome", "--losses", "gem", "none")
+        assert {file.stem for file in knowedit.out.glob("*.jsonl")} == {"cross-entropy", "overtone", "gem"}
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ('[{"prompt": "Tass is"}]', "a record has prompt, and no target_new, ground_truth, subject"),
+            ('{"prompt": "Tass is"}', "must be a list of records, and holds 'prompt'"),
+            ("[", "data.json is not JSON"),
+        ],
+        ids=["fields", "no list", "no JSON"],
+    )
+    def test_reads_records_of_its_format(self, lab, tmp_path, text, message):
+        file = tmp_path / "data.json"
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            importlib.import_module("knowedit").read(file)

@@ -47,6 +47,9 @@ NOT_TAKEN_BACK = ("MELO", "EMMET", "UnKE")
 KEEP_KEYS = ("AlphaEdit", "SPHERE")
 """They keep the keys of every edit in their module, of single ones too."""
 
+NO_KEY = "none"
+"""In the place of a loss: EasyEdit without the key."""
+
 FIXED = {"alg_name", "token_loss"}
 """What other options of the programs say."""
 

@@ -1,4 +1,4 @@
-"""KnowEdit's ZsRE and WikiBio through EasyEdit, with the flag and without it: the rows of the paper's Table 1.
+"""KnowEdit's ZsRE and WikiBio through EasyEdit, with the key and without it: the rows of the paper's Table 1.
 
     EASYEDIT_ROOT=~/EasyEdit python examples/easyedit/knowedit.py benchmark_ZsRE_ZsRE-test-all.json \\
         --hparams examples/easyedit/hparams/lora-llama-2-7b-chat.yaml --out zsre-lora
@@ -25,6 +25,7 @@ from framework import (
     KEEP_KEYS,
     LAYER_METHODS,
     MEASURES,
+    NO_KEY,
     NOT_TAKEN_BACK,
     VECTOR_METHODS,
     Config,
@@ -68,15 +69,21 @@ def read(path: Path) -> list[Request]:
     return [_request(record, path) for record in records]
 
 
-def _request(record: dict[str, Any], path: Path) -> Request:
+def _request(record: Any, path: Path) -> Request:
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} must be a list of records, and holds {record!r}")
+    wanted = ("text", "labels", "concept") if "text" in record else ("prompt", "target_new", "ground_truth", "subject")
+    if missing := [name for name in wanted if name not in record]:
+        raise ValueError(
+            f"{path} is not in KnowEdit's ZsRE or WikiBio format: a record has {', '.join(record)}, and no "
+            f"{', '.join(missing)}"
+        )
     if "text" in record:  # WikiBio: a sentence that should follow a passage
         prompt, target, truth, subject = record["text"], record["labels"], record["labels"], record["concept"]
-    elif "prompt" in record:
+    else:
         truth = record["ground_truth"]
         prompt, target, subject = record["prompt"], record["target_new"], record["subject"]
         truth = truth[0] if isinstance(truth, list) else truth
-    else:
-        raise ValueError(f"{path} is not in KnowEdit's ZsRE or WikiBio format: a record has {', '.join(record)}")
     request: Request = {
         "prompt": prompt,
         "target_new": target,
@@ -148,12 +155,15 @@ def require_same_settings(file: Path, settings: dict[str, Any]) -> None:
 def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--hparams", type=Path, required=True)
+    parser.add_argument("data", type=Path, help="KnowEdit's ZsRE or WikiBio, or records of that format")
+    parser.add_argument("--hparams", type=Path, required=True, help="an hparams file of EasyEdit, as those beside this")
     parser.add_argument("--model", help="folder of another model")
     parser.add_argument("--limit", type=positive, help="the first so many records")
     parser.add_argument(
-        "--losses", nargs="+", metavar="LOSS", help="besides EasyEdit's own; else the file's token_loss"
+        "--losses",
+        nargs="+",
+        metavar="LOSS",
+        help=f"beside EasyEdit's own; else the file's token_loss; {NO_KEY}: no other",
     )
     parser.add_argument("--change", default="", help="hparams to change, as lr=0.001;layers=[2,3]")
     parser.add_argument(
@@ -166,7 +176,7 @@ def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         help=f"{', '.join(LAYER_METHODS)}: one layer's vector before the norm that Gemma 2 and 3 put after an MLP",
     )
     parser.add_argument("--keep", type=Path, metavar="TEXTS", help="UnKE: the texts to keep, one a line")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of finished edits, each kept")
     return parser, parser.parse_args()
 
 
@@ -188,7 +198,7 @@ def base_config(arguments: argparse.Namespace) -> Config:
         optimise_at_mlp(SimpleNamespace(**config))
     if (method == "UnKE") != (arguments.keep is not None):
         raise ValueError(f"--keep is for UnKE, and needed there; the method is {method}")
-    for loss in arguments.losses or ():
+    for loss in set(arguments.losses or ()) - {NO_KEY}:
         BY_NAME[method].choose(loss)
     return config
 
@@ -199,7 +209,10 @@ def jobs_of(arguments: argparse.Namespace, config: Config) -> dict[str, tuple[Co
     Raises:
         ValueError: the folder has edits that are made with something else.
     """
-    losses = {loss: loss for loss in arguments.losses or ()} or {"overtone": config.get("token_loss", "overtone")}
+    in_file = config.get("token_loss", "overtone")
+    losses = {in_file if isinstance(in_file, str) else "overtone": in_file}
+    if arguments.losses:
+        losses = {loss: loss for loss in arguments.losses if loss != NO_KEY}
     made_with: Config = {"data": _with_digest(arguments.data)}
     if arguments.at_mlp:
         made_with["at_mlp"] = True

@@ -1,4 +1,4 @@
-"""EasyEdit's methods on the lab's world, with and without the flag, scored by EasyEdit's own evaluation.
+"""EasyEdit's methods on the lab's world, with and without the key, scored by EasyEdit's own evaluation.
 
     EASYEDIT_ROOT=~/EasyEdit python examples/easyedit/lab.py                     # 40 single edits a method
     EASYEDIT_ROOT=~/EasyEdit python examples/easyedit/lab.py --in-a-row 100     # in a row, scored after the last
@@ -27,6 +27,7 @@ from framework import (
     HPARAMS,
     KEEP_KEYS,
     MEASURES,
+    NO_KEY,
     NOT_TAKEN_BACK,
     Config,
     Request,
@@ -57,9 +58,6 @@ from overtone.lab.edit.easyedit.hparams import SMALL
 from overtone.lab.model.pretrain import load_or_train
 
 FILES = {"FT": "ft-m", "LoRA": "lora", "MELO": "melo", "WISE": "wise"}
-
-NO_KEY = "none"
-"""In the place of a loss: EasyEdit without the key."""
 
 DEFAULT_LOSSES = ("cross_entropy", "cross_entropy:hold=0.1", "overtone:hold=none", "overtone")
 
@@ -250,7 +248,7 @@ def main() -> None:
         "--in-a-row", type=positive, metavar="N", help="instead: N edits in a row, scored after the last"
     )
     parser.add_argument(
-        "--methods", default=",".join(FILES), help=f"also, for single edits, {', '.join(VECTOR_METHODS)}"
+        "--methods", default=",".join(FILES), help=f"by commas; for single edits also {', '.join(VECTOR_METHODS)}"
     )
     parser.add_argument(
         "--losses", nargs="+", default=DEFAULT_LOSSES, help=f"by spaces, as token_loss spells them; {NO_KEY}: no key"

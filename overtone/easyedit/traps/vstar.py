@@ -29,8 +29,8 @@ def _norm_after_mlp(config: Config) -> Iterator[Trap]:
         yield Trap(
             f"models of type {model_type} put a norm after each MLP: what {config['alg_name']} writes into down_proj "
             "reaches the layer's output turned and scaled by it, so that the edit misses its vector",
-            "ROME or R-ROME, whose vector is the MLP's own output, as examples/easyedit/knowedit.py --at-mlp in "
-            "overtone's repository makes that of the others",
+            "ROME or R-ROME, whose vector is the MLP's own output; or one layer with examples/easyedit/knowedit.py "
+            "--at-mlp in overtone's repository, which optimises that with the others, too",
         )
 
 
