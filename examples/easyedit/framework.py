@@ -252,6 +252,19 @@ def _agreement(before: Any, after: Any) -> float:
     return fmean(float(old == new) for old, new in zip(before, after, strict=True)) if before else 1.0
 
 
+def read_texts(file: Path, least: int = 1) -> list[str]:
+    """The texts of a file, one a line.
+
+    Raises:
+        ValueError: there are fewer than the least number.
+        OSError: there is no such file.
+    """
+    texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(texts) < least:
+        raise ValueError(f"{file} must have a text a line, at least {least}, and has {len(texts)}")
+    return texts
+
+
 def finished(file: Path) -> list[dict[str, Any]]:
     """The edits that a file of results has; the half line that a killed run may leave at its end is cut off."""
     if not file.exists():

@@ -20,7 +20,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import unke
 from framework import (
     KEEP_KEYS,
     LAYER_METHODS,
@@ -39,6 +38,7 @@ from framework import (
     optimise_at_mlp,
     positive,
     quiet,
+    read_texts,
     scores_of,
     with_changes,
 )
@@ -242,7 +242,7 @@ def main() -> int:
         requests = read(arguments.data)[: arguments.limit]
         open_new = partial(open_editor, prefixes=not arguments.no_prefixes, at_mlp=arguments.at_mlp)
         if arguments.keep:
-            open_new = partial(UnkeEditor, texts=unke.read_texts(arguments.keep, config["ex_data_num"]))
+            open_new = partial(UnkeEditor, texts=read_texts(arguments.keep, config["ex_data_num"]))
         jobs = jobs_of(arguments, config)
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from framework import Config, load_config, load_hparams, quiet, with_changes
+from framework import Config, load_config, load_hparams, quiet, read_texts, with_changes
 
 
 def compute(config: Config, texts: list[str]) -> None:
@@ -58,15 +58,13 @@ def main() -> int:
     if "EASYEDIT_ROOT" in os.environ:
         sys.path.insert(0, os.environ["EASYEDIT_ROOT"])
     try:
-        texts = [line for line in arguments.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = read_texts(arguments.texts)
         config = load_config(arguments.hparams, arguments.model, token_loss=None)
         with_changes(config, arguments.change)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if "mom2_dataset" not in config:
         parser.error(f"{config['alg_name']}, the method of {arguments.hparams}, asks for no statistics")
-    if not texts:
-        parser.error(f"{arguments.texts} has no text")
     compute(config, texts)
     print(f"mom2_n_samples: {len(texts)}")
     return 0

@@ -6,7 +6,6 @@ import importlib
 import random
 from dataclasses import fields
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 from framework import Config, Request, examine, load_hparams
@@ -16,19 +15,6 @@ ACCEPTED = "Qwen2.5-7B-Instruct"
 
 OWN: Config = {"fact_token": "last", "lr": 2e-4, "optim_num_step": 50, "ex_data_num": 20}
 """Where UnKE's hparams differ from MEMIT's, or have more."""
-
-
-def read_texts(file: Path, least: int) -> list[str]:
-    """The texts to keep, one a line.
-
-    Raises:
-        ValueError: there are fewer than the least number.
-        OSError: there is no such file.
-    """
-    texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if len(texts) < least:
-        raise ValueError(f"{file} must have at least ex_data_num, {least} texts, and has {len(texts)}")
-    return texts
 
 
 def mend_rotary(model: Any, layers: list[int]) -> None:
